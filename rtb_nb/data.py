@@ -23,7 +23,8 @@ def to_signed(images # bytes, or floats in [0, 1]; (N, H, W)
     images = np.asarray(images)
     if images.ndim != 3: raise ValueError(f'a stack of grey images is (N, H, W), got shape {images.shape}')
     if not np.issubdtype(images.dtype, np.number): raise ValueError(f'images must be numbers, got dtype {images.dtype}')
-    if not np.isfinite(images).all(): raise ValueError(f'{(~np.isfinite(images)).sum()} of the pixels are not finite: repair or drop those images')
+    bad = (~np.isfinite(images)).sum()
+    if bad: raise ValueError(f'{bad} of the pixels are not finite: repair or drop those images')
     top = 255 if np.issubdtype(images.dtype, np.integer) else 1
     lo, hi = (images.min(), images.max()) if images.size else (0, 0)
     if lo < 0 or hi > top: raise ValueError(f'pixels span [{lo:g}, {hi:g}], expected [0, {top}]: scale them first')
@@ -46,8 +47,9 @@ def load_stack(
 ) -> Tensor: # (N, 1, size, size) in [-1, 1]
     "Square grey stamps from a local file"
     path = Path(path)
-    if path.suffix not in ('.npy', '.npz'): raise ValueError(f'{path.name!r} has suffix {path.suffix!r}: give an .npy or .npz file of stamps (N, H, W)')
-    if not path.exists(): raise ValueError(f'no file {path}: give the path of an .npy or .npz file of stamps (N, H, W)')
+    wanted = 'give an .npy or .npz file of stamps (N, H, W)'
+    if path.suffix not in ('.npy', '.npz'): raise ValueError(f'{path.name!r} has suffix {path.suffix!r}: {wanted}')
+    if not path.exists(): raise ValueError(f'no file {path}: {wanted}')
     stack = np.load(path)
     if path.suffix == '.npz':
         if key not in stack: raise ValueError(f'{path.name!r} has no array {key!r}: it holds {", ".join(stack)}')
@@ -69,7 +71,8 @@ def load_galaxies(
     "Galaxy stamps for training a prior"
     if split not in ('train', 'test'): raise ValueError(f"split is 'train' or 'test', got {split!r}")
     path = Path(path or data_path('galaxies.npz'))
-    if not path.exists(): raise ValueError(f'no file {path}: put stamps there (arrays train and test, bytes (N, 64, 64)), set $RTB_NB_DATA, or pass path=')
+    if not path.exists():
+        raise ValueError(f'no file {path}: put stamps there (arrays train and test, bytes (N, 64, 64)), set $RTB_NB_DATA, or pass path=')
     return load_stack(path, size, split)
 
 # %% ../nbs/05_data.ipynb #f8f6d2f1
@@ -142,7 +145,8 @@ def read_image(path # .npy, .png or .fits; two-dimensional, or colour (averaged 
     ) -> np.ndarray: # (H, W) floats
     "One grey image from a file"
     path = Path(path)
-    if path.suffix not in ('.npy', '.png', '.fits'): raise ValueError(f'{path.name!r} has suffix {path.suffix!r}: give a .npy, .png or .fits file')
+    if path.suffix not in ('.npy', '.png', '.fits'):
+        raise ValueError(f'{path.name!r} has suffix {path.suffix!r}: give a .npy, .png or .fits file')
     if not path.exists(): raise ValueError(f'no file {path}: give the path of an image, or an index into hubble_sources()')
     if path.suffix == '.npy': im = np.load(path)
     elif path.suffix == '.png':
@@ -150,7 +154,8 @@ def read_image(path # .npy, .png or .fits; two-dimensional, or colour (averaged 
         im = imread(path)
     else:
         from astropy.io import fits
-        im = next((h.data for h in fits.open(path, memmap=False) if getattr(h, 'is_image', False) and h.data is not None), None)
+        with fits.open(path, memmap=False) as hdus:
+            im = next((h.data for h in hdus if h.is_image and h.data is not None), None)
         if im is None: raise ValueError(f'{path.name!r} holds no image: give a .fits file with an image extension')
     if im.ndim == 3 and im.shape[-1] in (3, 4): im = im[..., :3].mean(-1)
     elif im.ndim == 3 and im.shape[0] in (1, 3): im = im.mean(0)
@@ -173,12 +178,13 @@ def load_source(
     from_hubble = not isinstance(source, (str, Path))
     im = hubble_stamp(int(source)) if from_hubble else read_image(source)
     name = f'source {source}' if from_hubble else repr(Path(source).name)
-    if not np.isfinite(im).all(): raise ValueError(f'{name} has {(~np.isfinite(im)).sum()} pixels that are not finite: repair them first')
+    bad = (~np.isfinite(im)).sum()
+    if bad: raise ValueError(f'{name} has {bad} pixels that are not finite: repair them first')
     if im.max() == im.min(): raise ValueError(f'{name} is constant at {im.max():g}: there is nothing to infer')
     side = min(im.shape)
     top, left = (im.shape[0]-side)//2, (im.shape[1]-side)//2
     im = im[top:top+side, left:left+side]
     sky = hubble_field()[1] if from_hubble else np.median(np.concatenate([im[0], im[-1], im[:, 0], im[:, -1]]))
     x = F.interpolate(torch.from_numpy(im - sky)[None, None], (size, size), mode='bilinear', antialias=True)
-    if not x.max() > 0: raise ValueError(f'{name} is nowhere brighter than its border ({sky:g}): centre the galaxy and leave some sky around it')
+    if not x.max() > 0: raise ValueError(f'{name} is nowhere brighter than its border ({sky:g}): leave sky around the galaxy')
     return 2*peak*(x/x.max()).clamp(0, 1).float()**gamma - 1

@@ -71,13 +71,13 @@ def check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, ps
     "Refuse a lens that cannot be, or that leaves its image"
     for name, pair in (('centre', centre), ('shear', shear)):
         if np.shape(pair) != (2,): raise ValueError(f'{name} must be two numbers, got {pair!r}')
-    named = dict(einstein_radius=einstein_radius, q=q, phi=phi, fov=fov, source_fov=source_fov, psf=psf,
-                 centre=centre[0], shear=shear[0]), dict(centre=centre[1], shear=shear[1])
-    for name, v in (kv for d in named for kv in d.items()):
-        if not isinstance(v, Real) or not math.isfinite(v): raise ValueError(f'{name} must be finite, got {v!r}')
+    lengths = dict(einstein_radius=einstein_radius, fov=fov, source_fov=source_fov)
+    pairs = [(name, v) for name, both in (('centre', centre), ('shear', shear)) for v in both]
+    for name, v in [*lengths.items(), ('q', q), ('phi', phi), ('psf', psf), *pairs]:
+        if not isinstance(v, Real) or not math.isfinite(v): raise ValueError(f'{name} must be a finite number, got {v!r}')
     for name, v, least in (('size', size, 8), ('upsample', upsample, 1)):
         if not isinstance(v, Integral) or v < least: raise ValueError(f'{name} must be an integer of at least {least}, got {v!r}')
-    for name, v in (('einstein_radius', einstein_radius), ('fov', fov), ('source_fov', source_fov)):
+    for name, v in lengths.items():
         if v <= 0: raise ValueError(f'{name} must be positive, in arcsec, got {v}')
     if not 0 < q <= 1: raise ValueError(f'q is the axis ratio, short over long, in (0, 1], got {q}')
     if not 0 <= psf <= fov/4: raise ValueError(f'psf is a standard deviation in arcsec, from 0 to fov/4 = {fov/4:g}, got {psf}')
@@ -127,10 +127,10 @@ def simulate_caustics(lens:Lens, flux, # (size, size) in counts
     import caustics
     f64 = lambda v: torch.as_tensor(v, dtype=torch.float64)
     m, (x0, y0) = lens.model, map(f64, lens.model['centre'])
-    cosmology, z = caustics.FlatLambdaCDM(), dict(z_l=.5, z_s=1.)
-    sie = caustics.SIE(cosmology=cosmology, x0=x0, y0=y0, q=f64(m['q']), phi=f64(m['phi']), Rein=f64(m['einstein_radius']), **z)
-    shear = caustics.ExternalShear(cosmology=cosmology, x0=x0, y0=y0, gamma_1=f64(m['shear'][0]), gamma_2=f64(m['shear'][1]), **z)
-    mass = caustics.SinglePlane(cosmology=cosmology, lenses=[sie, shear], **z)
+    cosmology = caustics.FlatLambdaCDM()
+    sie = caustics.SIE(cosmology=cosmology, x0=x0, y0=y0, q=f64(m['q']), phi=f64(m['phi']), Rein=f64(m['einstein_radius']))
+    shear = caustics.ExternalShear(cosmology=cosmology, x0=x0, y0=y0, gamma_1=f64(m['shear'][0]), gamma_2=f64(m['shear'][1]))
+    mass = caustics.SinglePlane(cosmology=cosmology, lenses=[sie, shear], z_l=.5, z_s=1.)
     light = caustics.Pixelated(image=f64(flux), x0=f64(0.), y0=f64(0.), pixelscale=f64(lens.source_fov/lens.size))
     kernel = torch.from_numpy(gaussian_kernel(lens.psf, lens.fov/lens.size/lens.upsample))
     sim = caustics.LensSource(mass, light, pixelscale=lens.fov/lens.size, pixels_x=lens.size, upsample_factor=lens.upsample,

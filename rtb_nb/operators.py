@@ -8,6 +8,7 @@ __all__ = ['event_shape', 'check_batch', 'finite', 'LinearOperator', 'Matrix', '
 
 # %% ../nbs/07_operators.ipynb #71759711
 import math
+import warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -23,15 +24,16 @@ def event_shape(shape, name) -> tuple:
 
 def check_batch(v, shape, name):
     "Refuse anything but a batch of events of this shape"
-    if not isinstance(v, Tensor): raise TypeError(f'{name} must be a tensor (B, {", ".join(map(str, shape))}), got {type(v).__name__}')
+    wanted = f'(B, {", ".join(map(str, shape))})'
+    if not isinstance(v, Tensor): raise TypeError(f'{name} must be a tensor {wanted}, got {type(v).__name__}')
     if tuple(v.shape[1:]) != shape or v.ndim == 0:
         hint = ': add a batch dimension' if tuple(v.shape) == shape else ''
-        raise ValueError(f'{name} has shape {tuple(v.shape)}, expected (B, {", ".join(map(str, shape))}){hint}')
+        raise ValueError(f'{name} has shape {tuple(v.shape)}, expected {wanted}{hint}')
 
 # %% ../nbs/07_operators.ipynb #db433f01
 def finite(values, name) -> Tensor: # float64
     "A fixed array in double precision, refused if not finite"
-    values = torch.as_tensor(values).detach().to(torch.float64)
+    values = torch.as_tensor(values, dtype=torch.float64).detach()
     if not values.isfinite().all(): raise ValueError(f'{name} has {(~values.isfinite()).sum()} entries that are not finite')
     return values
 
@@ -78,7 +80,8 @@ class Matrix(LinearOperator):
         matrix = finite(matrix, 'matrix')
         if matrix.ndim != 2 or 0 in matrix.shape: raise ValueError(f'matrix must be (m, n), got shape {tuple(matrix.shape)}')
         super().__init__(in_shape or matrix.shape[1], out_shape or matrix.shape[0], offset)
-        if self.sizes != tuple(matrix.shape): raise ValueError(f'a matrix {tuple(matrix.shape)} cannot map {self.in_shape} to {self.out_shape}')
+        if self.sizes != tuple(matrix.shape):
+            raise ValueError(f'a matrix {tuple(matrix.shape)} cannot map {self.in_shape} to {self.out_shape}')
         self.register_buffer('weight', matrix, persistent=False)
     def linear(self, x): return x @ self.cast('weight', x).T
     def transpose(self, y): return y @ self.cast('weight', y)
@@ -114,7 +117,7 @@ def gram_eig(self:LinearOperator, dtype=torch.float64) -> tuple: # eigenvalues (
 # %% ../nbs/07_operators.ipynb #67ad0499
 def per_sample(value, v, name) -> Tensor: # (B, 1) or (1, 1)
     "A number or one number a sample, never negative, as a column beside the batch `v`"
-    value = torch.as_tensor(value).to(v)
+    value = torch.as_tensor(value, dtype=v.dtype, device=v.device)
     if value.ndim > 1 or value.numel() not in (1, len(v)):
         raise ValueError(f'{name} has shape {tuple(value.shape)}, expected a number or ({len(v)},): one a sample')
     if not (value >= 0).all(): raise ValueError(f'{name} must not be negative, got {value.min().item():g}')
@@ -159,23 +162,26 @@ class SparseMatrix(LinearOperator):
     "A sparse matrix on flattened events; the transpose is stored too, so both directions are fast"
     def __init__(self, matrix, # (m, n), scipy or torch sparse
         in_shape=None, out_shape=None, offset=None):
-        if isinstance(matrix, Tensor): matrix = matrix.to_sparse_coo()
-        elif hasattr(matrix, 'tocoo'):
-            matrix = matrix.tocoo()
-            matrix = torch.sparse_coo_tensor(np.stack([matrix.row, matrix.col]), matrix.data, matrix.shape)
-        else: raise TypeError(f'matrix must be a scipy or torch sparse matrix, got {type(matrix).__name__}: use Matrix for dense ones')
-        matrix = matrix.coalesce().to(torch.float64)
-        finite(matrix.values(), 'matrix')
+        import scipy.sparse
+        if isinstance(matrix, Tensor) and matrix.layout != torch.strided:
+            M = matrix.detach().cpu().to_sparse_coo().coalesce()
+            matrix = scipy.sparse.coo_array((M.values().numpy(), tuple(M.indices().numpy())), shape=tuple(M.shape))
+        if not scipy.sparse.issparse(matrix):
+            raise TypeError(f'matrix must be a scipy or torch sparse matrix, got {type(matrix).__name__}: use Matrix for dense ones')
+        matrix = scipy.sparse.csr_array(matrix, dtype=np.float64)
+        finite(matrix.data, 'matrix')
         super().__init__(in_shape or matrix.shape[1], out_shape or matrix.shape[0], offset)
-        if self.sizes != tuple(matrix.shape): raise ValueError(f'a matrix {tuple(matrix.shape)} cannot map {self.in_shape} to {self.out_shape}')
-        for name, M in (('A', matrix), ('At', matrix.t().coalesce())):
-            M = M.to_sparse_csr()
-            parts = dict(rows=M.crow_indices().int(), cols=M.col_indices().int(), values=M.values())
-            for k, v in parts.items(): self.register_buffer(f'{name}_{k}', v, persistent=False)
+        if self.sizes != tuple(matrix.shape):
+            raise ValueError(f'a matrix {tuple(matrix.shape)} cannot map {self.in_shape} to {self.out_shape}')
+        for name, M in (('A', matrix), ('At', matrix.T.tocsr())):
+            parts = dict(rows=M.indptr.astype(np.int32), cols=M.indices.astype(np.int32), values=M.data)
+            for k, v in parts.items(): self.register_buffer(f'{name}_{k}', torch.from_numpy(v), persistent=False)
     def in_dtype(self, name, dtype):
         if name not in ('A', 'At'): return super().in_dtype(name, dtype)
         rows, cols, values = (getattr(self, f'{name}_{k}') for k in ('rows', 'cols', 'values'))
-        return torch.sparse_csr_tensor(rows, cols, values.to(dtype), self.sizes if name == 'A' else self.sizes[::-1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Sparse', UserWarning) # torch calls its CSR tensors beta
+            return torch.sparse_csr_tensor(rows, cols, values.to(dtype), self.sizes if name == 'A' else self.sizes[::-1])
     def linear(self, x): return SparseProduct.apply(x, self.cast('A', x), self.cast('At', x))
     def transpose(self, y): return SparseProduct.apply(y, self.cast('At', y), self.cast('A', y))
 
@@ -185,9 +191,10 @@ class Mask(LinearOperator):
     def __init__(self, mask, # of the shape of x; true or 1 where observed
         in_shape=None): # where the mask is shared, e.g. by channels: the shape it is expanded to
         mask = torch.as_tensor(mask)
-        if not ((mask == 0) | (mask == 1)).all(): raise ValueError(f'a mask holds only 0 and 1, got {mask[(mask != 0) & (mask != 1)][0].item():g}')
+        odd = mask[(mask != 0) & (mask != 1)]
+        if len(odd): raise ValueError(f'a mask holds only 0 and 1, got {odd[0].item():g}')
         try: mask = mask.expand(event_shape(in_shape or mask.shape, 'in_shape'))
-        except RuntimeError: raise ValueError(f'a mask of shape {tuple(mask.shape)} cannot be expanded to {tuple(in_shape)}') from None
+        except RuntimeError: raise ValueError(f'a mask of shape {tuple(mask.shape)} cannot be expanded to {in_shape}') from None
         index = mask.flatten().nonzero()[:, 0]
         if not len(index): raise ValueError('the mask observes none of its entries: set some to 1')
         super().__init__(mask.shape, len(index))

@@ -178,7 +178,7 @@ def draw_image(ax, im, # (H, W) or (H, W, 3)
         shown[~np.isfinite(im).all(-1)] = 1, 0, 0
         drawn = ax.imshow(shown, interpolation='nearest')
     else:
-        colours = matplotlib.colormaps[cmap].copy(); colours.set_bad('red')
+        colours = matplotlib.colormaps[cmap].with_extremes(bad='red')
         drawn = ax.imshow(np.where(np.isnan(im), np.nan, im), vmin=vmin, vmax=vmax, cmap=colours, interpolation='nearest')
         if colorbar: ax.figure.colorbar(drawn, ax=ax, shrink=.8, pad=.02).ax.tick_params(labelsize=6)
     ax.set(xticks=[], yticks=[])
