@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commit', 'versions', 'seed_everything', 'device_of', 'record', 'append_record', 'read_records', 'finished',
-           'run_record', 'Table', 'latest', 'table']
+           'run_record', 'Table', 'latest', 'table', 'project_folder']
 
 # %% ../nbs/17_experiment.ipynb #879a9074
 import functools, importlib.metadata, importlib.resources, json, math, numbers, os, platform, random, subprocess, time, warnings
@@ -234,3 +234,11 @@ def table(records, # of `read_records`
             row.append(number([float(v) for v in values if v is not None], fmt.get(heading) if isinstance(fmt, dict) else fmt))
         cells.append(row + [f'{len(group)-len(kept)}/{len(group)}'])
     return Table([rows, *columns, 'diverged'], cells)
+
+# %% ../nbs/17_experiment.ipynb #66c76e72
+def project_folder(name) -> Path: # created if it is not there
+    "The folder `name`, relative to the checkout's root, or to the working directory outside of one"
+    root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), Path.cwd())
+    folder = root/name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

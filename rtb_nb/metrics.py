@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
-           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein']
+           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein', 'assess']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
 import math
@@ -121,3 +121,19 @@ def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event s
     i, j, width = edges[:-1]//m, edges[:-1]//n, edges.diff()/(n*m)
     gap = (x@w).sort(0).values[i] - (y@w).sort(0).values[j]
     return (gap.square()*width[:, None]).sum(0).mean().sqrt()
+
+# %% ../nbs/15_metrics.ipynb #ba286e32
+def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
+    y, # one measurement (1, ...)
+    n:int, # samples
+    truth=None, # (1, ...), if it is known
+    chunk=64 # samples drawn at a time
+    ) -> tuple: # samples (n, ...), and a dict of floats
+    "Draw posterior samples and judge them: E log r, evidence, chi2, error of the mean, network calls"
+    if n < 1: raise ValueError(f'assess needs at least one sample, got n = {n}')
+    parts = [problem.rollout(posterior, min(chunk, n-i), y) for i in range(0, n, chunk)]
+    x, log_r, log_w = (torch.cat([p[i] for p in parts]) for i in range(3))
+    chi2 = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)])
+    numbers = dict(e_log_r=log_r.mean().item(), chi2=chi2.mean().item(), pixel_std=x.std(0).mean().item() if n > 1 else 0., calls=n*posterior.steps)
+    if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.likelihood(truth).log_prob(y).item())
+    return x, numbers | evidence(log_w)

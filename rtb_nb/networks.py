@@ -164,6 +164,7 @@ def save_tensors(path, tensors:dict, meta:dict=None # anything JSON can hold
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, part, {'meta': json.dumps(meta or {})})
+    os.chmod(part, 0o644)
     with open(part, 'rb') as f: os.fsync(f.fileno())
     os.replace(part, path)
 
