@@ -1,20 +1,28 @@
 "Every experiment runs through papermill at its smallest budget, outside the repository, and stores no error"
 import json
 
-import papermill, pytest
+import numpy as np, papermill, pytest
 
 from project import experiments, name
 
-# Parameters of the smallest run of each experiment; one that is not named here gets budget='smoke'.
-SMALLEST = {}
+# Parameters of the smallest run of each experiment, by name; one that is not named gets budget='smoke'.
+SMALLEST = {}  # {'exp_name': dict(parameter=value)}
 
 def smallest(notebook, out):
     "The parameters to run `notebook` with: those above that it declares, and a folder of its own for its results"
     declared = set(papermill.inspect_notebook(notebook))
     values = SMALLEST.get(name(notebook), dict(budget='smoke'))
     unknown = set(values) - declared
-    assert not unknown, f'{notebook.name} has no parameter {sorted(unknown)}: its parameters cell declares {sorted(declared)}'
-    return values | ({'out': str(out)} if 'out' in declared else {})
+    assert not unknown, f'{notebook.name} has no parameter {sorted(unknown)}: its parameters cell declares {sorted(declared)}, one `name = value` a line'
+    return values | ({'out': str(out)} if 'out' in declared else {}) | ({'data': str(stamps(out))} if 'data' in declared else {})
+
+def stamps(folder):
+    "A small stack of round blobs in place of the galaxies, which a fresh clone does not have"
+    y, x = np.mgrid[:64, :64]
+    width = np.random.default_rng(0).uniform(3, 9, 24)[:, None, None]
+    blobs = (255*np.exp(-((x-32)**2 + (y-32)**2)/2/width**2)).astype(np.uint8)
+    np.savez(folder/'stamps.npz', train=blobs[:16], test=blobs[16:])
+    return folder/'stamps.npz'
 
 @pytest.mark.parametrize('notebook', experiments(), ids=name)
 def test_experiment(notebook, tmp_path):
