@@ -53,7 +53,7 @@ def denoising_error(denoiser, x0:Tensor, t:float, generator=None) -> float:
 def calibrate(self:Denoiser,
     x0:Tensor, # clean samples of the data, (N, ...): held out from training
     times=33, # how many times to measure at
-    seed=0
+    seed=2503 # not a seed that anybody draws data with: noise from the data's own stream would be the data
 ):
     "Measure the error of the guess on held-out data, for `variance`"
     gen = torch.Generator().manual_seed(seed)
