@@ -135,8 +135,11 @@ def walk(self:Diffusion, n:int, y=None, # one measurement (1, ...), or one a pat
 
 def simulate(self:Diffusion, n:int, y=None) -> Trajectories:
     "Draw `n` whole paths"
-    path = [(x, x0_hat, following) for _, x, x0_hat, _, following in self.walk(n, y)]
-    return Trajectories(torch.stack([p[0] for p in path] + [path[-1][2]]), repeat_y(y, n, self.device), torch.stack([p[1] for p in path]))
+    path, guesses = None, None
+    for k, x, x0_hat, _, following in self.walk(n, y):
+        if path is None: path, guesses = (x.new_empty(m, *x.shape) for m in (self.steps+1, self.steps))
+        path[k], guesses[k], path[k+1] = x, x0_hat, following
+    return Trajectories(path, repeat_y(y, n, self.device), guesses)
 
 def sample(self:Diffusion, n:int, y=None) -> Tensor: # (n, ...)
     "Draw `n` data points, in the memory of one step"
@@ -148,9 +151,10 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
     y=None) -> Trajectories:
     "Whole paths that end in `x0`, noised backwards step by step"
     if tuple(x0.shape[1:]) != self.shape: raise ValueError(f'this prior is over events of shape {self.shape}, got {tuple(x0.shape[1:])}')
-    x = [x0]
-    for k in reversed(range(self.steps)): x.append(self.noise(x[-1], k).sample())
-    return Trajectories(torch.stack(x[::-1]), repeat_y(y, len(x0), x0.device))
+    path = x0.new_empty(self.steps+1, *x0.shape)
+    path[-1] = x0
+    for k in reversed(range(self.steps)): path[k] = self.noise(path[k+1], k).sample()
+    return Trajectories(path, repeat_y(y, len(x0), x0.device))
 
 @torch.no_grad()
 def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
