@@ -29,6 +29,7 @@ class Trajectories:
     x:Tensor # (K+1, B, ...)
     y:Tensor=None # measurement of each path (B, ...)
     x0_hat:Tensor=None # the prior's guess before each step (K, B, ...), if known
+    branch:Tensor=None # (B,) whole numbers: paths of one branch share their first steps; -1 belongs to none
     @property
     def x0(self) -> Tensor: "The data end, (B, ...)"; return self.x[-1]
     @property
@@ -37,12 +38,16 @@ class Trajectories:
     def steps(self) -> int: return len(self.x)-1
     def __len__(self): return self.x.shape[1]
     def __getitem__(self, i) -> 'Trajectories': # `i` indexes the batch with a slice or tensor
-        return Trajectories(self.x[:, i], None if self.y is None else self.y[i], None if self.x0_hat is None else self.x0_hat[:, i])
+        pick = lambda v: None if v is None else v[i]
+        return Trajectories(self.x[:, i], pick(self.y), None if self.x0_hat is None else self.x0_hat[:, i], pick(self.branch))
     @staticmethod
     def cat(parts:list) -> 'Trajectories':
-        "One batch from several; the guesses survive where all have them"
+        "One batch from several; the guesses survive where all have them, and branches stay apart"
         both = lambda ts, dim: None if any(t is None for t in ts) else torch.cat(ts, dim)
-        return Trajectories(torch.cat([p.x for p in parts], 1), both([p.y for p in parts], 0), both([p.x0_hat for p in parts], 1))
+        none = lambda p: p.x.new_full((len(p),), -1, dtype=torch.long)
+        labels = [none(p) if p.branch is None else torch.where(p.branch < 0, -1, p.branch*len(parts) + i) for i, p in enumerate(parts)]
+        branch = None if all(p.branch is None for p in parts) else torch.cat(labels)
+        return Trajectories(torch.cat([p.x for p in parts], 1), both([p.y for p in parts], 0), both([p.x0_hat for p in parts], 1), branch)
 
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(nn.Module):
@@ -121,7 +126,9 @@ def repeat_y(y, n:int, # number of paths
 @torch.no_grad()
 def walk(self:Diffusion, n:int, y=None, # one measurement (1, ...), or one a path (n, ...)
     x=None, # start here instead of at noise, (n, ...) at level `first`
-    first=0) -> Iterator: # (k, x[k], x0_hat, kernel, x[k+1])
+    first=0,
+    spread=1., # draw with this many standard deviations of the kernel
+    ) -> Iterator: # (k, x[k], x0_hat, kernel, x[k+1])
     "Walk `n` paths from level `first` to the data"
     if n < 1: raise ValueError(f'the number of paths must be positive, got {n}')
     y = repeat_y(y, n, self.device)
@@ -130,13 +137,14 @@ def walk(self:Diffusion, n:int, y=None, # one measurement (1, ...), or one a pat
         x0_hat = self.denoise(x, k)
         kernel = self.kernel(x, k, y, x0_hat)
         following = kernel.sample()
+        if spread != 1: following = kernel.mean + spread*(following - kernel.mean)
         yield k, x, x0_hat, kernel, following
         x = following
 
-def simulate(self:Diffusion, n:int, y=None) -> Trajectories:
+def simulate(self:Diffusion, n:int, y=None, spread=1.) -> Trajectories:
     "Draw `n` whole paths"
     path, guesses = None, None
-    for k, x, x0_hat, _, following in self.walk(n, y):
+    for k, x, x0_hat, _, following in self.walk(n, y, spread=spread):
         if path is None: path, guesses = (x.new_empty(m, *x.shape) for m in (self.steps+1, self.steps))
         path[k], guesses[k], path[k+1] = x, x0_hat, following
     return Trajectories(path, repeat_y(y, n, self.device), guesses)
@@ -168,10 +176,10 @@ def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
 for f in (walk, simulate, sample, noised, log_prob): setattr(Diffusion, f.__name__, f)
 
 # %% ../nbs/03_diffusion.ipynb #d2237240
-def squared_residuals(self:Diffusion, tau:Trajectories) -> tuple: # noising kernel's, prior kernel's: (K,) each
-    "Mean squared standardised steps of paths under both kernels; 1 everywhere for noised data"
+def squared_residuals(self:Diffusion, tau:Trajectories) -> tuple: # noising kernel's, this chain's own: (K,) each
+    "Mean squared standardised steps of paths under both kernels; of data noised and scored by the prior both are 1"
     back = [self.noise(tau.x[k+1], k).base_dist for k in range(self.steps)]
-    ahead = [self.kernel(tau.x[k], k).base_dist for k in range(self.steps)]
+    ahead = [self.kernel(tau.x[k], k, tau.y, None if tau.x0_hat is None else tau.x0_hat[k]).base_dist for k in range(self.steps)]
     mean_square = lambda x, q: ((x-q.mean)/q.stddev).square().mean()
     return (torch.stack([mean_square(tau.x[k], q) for k, q in enumerate(back)]),
             torch.stack([mean_square(tau.x[k+1], q) for k, q in enumerate(ahead)]))
@@ -190,6 +198,7 @@ class Step:
     std:Tensor # the step's standard deviation s
     mean:Tensor # the prior's mean mu (B, ...)
     k:Tensor|int # the step's number, a scalar or (B,)
+    end:float # noise of the chain's last level, in the data's units
     y:Tensor=None # measurement of each sample (B, ...)
     known:dict=field(default_factory=dict, repr=False) # drifts already computed
     def of(self, drift) -> Tensor:
@@ -216,7 +225,7 @@ class Drifted(Diffusion):
     def dtype(self): return self.prior.dtype
     def step(self, x, k, y, x0_hat) -> Step:
         c = lambda name: self.chain.at(name, k, x)
-        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), c('alpha'), c('sigma'), c('c0'), c('std'), self.mean(x, k, x0_hat), k, y)
+        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), c('alpha'), c('sigma'), c('c0'), c('std'), self.mean(x, k, x0_hat), k, self.last_noise, y)
     def drift(self, x, k, y=None, x0_hat=None) -> Tensor:
         "The sum of the drifts, (B, ...)"
         step = self.step(x, k, y, self.denoise(x, k) if x0_hat is None else x0_hat)
@@ -228,11 +237,11 @@ class Drifted(Diffusion):
 
 # %% ../nbs/03_diffusion.ipynb #389cb308
 def with_guesses(self:Diffusion, tau:Trajectories, chunk=256) -> Trajectories:
-    "The same paths with the prior's guess at every step, `chunk` images a network call"
+    "The same paths, or beginnings of paths, with the prior's guess at every step, `chunk` images a network call"
     if tau.x0_hat is not None: return tau
-    x, k = tau.x[:-1].flatten(0, 1), torch.arange(self.steps, device=tau.x.device).repeat_interleave(len(tau))
+    x, k = tau.x[:-1].flatten(0, 1), torch.arange(tau.steps, device=tau.x.device).repeat_interleave(len(tau))
     guesses = torch.cat([self.denoise(xs, ks) for xs, ks in zip(x.split(chunk), k.split(chunk))])
-    return replace(tau, x0_hat=guesses.unflatten(0, (self.steps, len(tau))))
+    return replace(tau, x0_hat=guesses.unflatten(0, (tau.steps, len(tau))))
 Diffusion.with_guesses = with_guesses
 
 # %% ../nbs/03_diffusion.ipynb #1dcba50d

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TimeEmbedding', 'zero_', 'Block', 'PatchTransformer', 'check_image', 'ResBlock', 'UNet', 'VectorNet', 'NetDrift',
-           'save_tensors', 'load_tensors', 'flat_state', 'load_state']
+           'FineTuned', 'attention_or_convolution', 'LoRA', 'EvidenceNet', 'save_tensors', 'load_tensors', 'flat_state',
+           'load_state']
 
 # %% ../nbs/04_networks.ipynb #108b3139
-import math
+import copy, math
 import torch
 from torch import nn, Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 # %% ../nbs/04_networks.ipynb #08688833
@@ -149,6 +151,87 @@ class NetDrift(Drift):
         self.net, self.sees = net, sees
     def forward(self, step:Step) -> Tensor:
         return self.net(torch.cat([step.x, step.x0_hat, *(f(step) for f in self.sees)], 1), step.t)
+
+# %% ../nbs/04_networks.ipynb #cfa64780
+class FineTuned(Drift):
+    "The drift of a trainable copy of the prior's denoiser: the copy's guess in place of the prior's"
+    lr = 1e-4 # for the trainer's own optimiser; so is `LoRA`'s
+    def __init__(self, denoiser:nn.Module # the prior's, which stays as it is
+        ):
+        super().__init__()
+        self.denoiser = copy.deepcopy(denoiser).requires_grad_(True)
+        if not list(self.parameters()): raise ValueError(f'{type(denoiser).__name__} has no parameters to fine-tune: use a NetDrift')
+    def forward(self, step:Step) -> Tensor: return step.shift(self.denoiser(step.x, step.t) - step.x0_hat)
+
+# %% ../nbs/04_networks.ipynb #044f3b92
+def attention_or_convolution(name:str, layer:nn.Module) -> bool:
+    "Whether LoRA adapts this layer: every convolution, and the projections into and out of attention"
+    return isinstance(layer, nn.Conv2d) or name.split('.')[-1] in ('qkv', 'proj')
+
+# %% ../nbs/04_networks.ipynb #98521660
+class LoRA(Drift):
+    "The drift of the prior's own denoiser with weights W + alpha/rank B A: only A and B are learned (Hu et al. 2021)"
+    lr = 1e-3
+    def __init__(self, denoiser:nn.Module, # the prior's, used in place
+        rank=8, # a layer gets less where it is smaller
+        alpha=None, # `rank` if None
+        layers=attention_or_convolution # (name, layer) -> whether to adapt it; of `nn.Linear` and `nn.Conv2d`, others never are
+        ):
+        super().__init__()
+        if rank < 1 or rank != int(rank): raise ValueError(f'rank must be a positive whole number, got {rank}')
+        chosen = {n: m.weight for n, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and layers(n, m)}
+        if alpha is not None and not alpha > 0: raise ValueError(f'alpha must be positive, got {alpha}')
+        if not chosen:
+            raise ValueError(f'LoRA finds no layer of {type(denoiser).__name__} to adapt: `layers` must choose some Linear or Conv2d')
+        self.__dict__['denoiser'] = denoiser
+        self.scale = (rank if alpha is None else alpha)/rank
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name, W in chosen.items():
+            rows, columns = len(W), W[0].numel()
+            r, key = min(rank, rows, columns), name.replace('.', '/')
+            self.A[key] = nn.Parameter(torch.randn(r, columns).to(W)/columns**.5)
+            self.B[key] = nn.Parameter(W.new_zeros(rows, r))
+    def weights(self) -> dict: # by the denoiser's own names
+        "The adapted weights W + alpha/rank B A"
+        res = {}
+        for key, A in self.A.items():
+            name = key.replace('/', '.') + '.weight'
+            W = self.denoiser.get_parameter(name)
+            res[name] = W.clone().add_(self.scale*(self.B[key]@A).view(W.shape))
+        return res
+    def forward(self, step:Step) -> Tensor:
+        return step.shift(functional_call(self.denoiser, self.weights(), (step.x, step.t)) - step.x0_hat)
+
+# %% ../nbs/04_networks.ipynb #9df35f58
+def __deepcopy__(self:LoRA, memo):
+    "A copy of the adapters, on the same network unless that is being copied too"
+    memo.setdefault(id(self.denoiser), self.denoiser)
+    twin = memo[id(self)] = type(self).__new__(type(self))
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
+LoRA.__deepcopy__ = __deepcopy__
+
+# %% ../nbs/04_networks.ipynb #40fd59e4
+class EvidenceNet(nn.Module):
+    "Network y (B, ...) -> (B,), one number a measurement: two strided convolutions for images, a perceptron for all else"
+    def __init__(self, y_shape, # shape of one measurement
+        width=64, value=0., # where all answers start
+        scale=1. # of the answers around it, in their units: the wider they are spread, the larger
+        ):
+        super().__init__()
+        self.y_shape, self.scale = tuple(y_shape), scale
+        if not self.y_shape or min(self.y_shape) < 1:
+            raise ValueError(f'y_shape must be the shape of one measurement, such as (1, 32, 32), got {self.y_shape}')
+        conv = lambda c: nn.Sequential(nn.Conv2d(c, width, 3, stride=2, padding=1), nn.SiLU())
+        image = len(self.y_shape) == 3
+        head = [conv(self.y_shape[0]), conv(width), nn.AdaptiveAvgPool2d(4)] if image else []
+        self.net = nn.Sequential(*head, nn.Flatten(), nn.Linear(16*width if image else math.prod(self.y_shape), width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), zero_(nn.Linear(width, 1)))
+        self.value = nn.Parameter(torch.tensor(float(value)))
+    def forward(self, y):
+        if tuple(y.shape[1:]) != self.y_shape:
+            raise ValueError(f'EvidenceNet was made for measurements of shape {self.y_shape}, got {tuple(y.shape[1:])}')
+        return self.value + self.scale*self.net(y).squeeze(1)
 
 # %% ../nbs/04_networks.ipynb #7f9e4244
 import json, os

@@ -11,7 +11,7 @@ from rtb_nb.objective import RTB, ScalarLogZ, VarGrad
 from rtb_nb.operators import Matrix
 from rtb_nb.priors import load_prior, train_prior
 from rtb_nb.schedule import VE, Cosine, Table, levels
-from rtb_nb.train import Trainer, path_gradient
+from rtb_nb.train import Diverged, Guard, Trainer, path_gradient
 
 Y = torch.tensor([[.9]])
 
@@ -118,8 +118,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path):
     with pytest.raises(TypeError): save_tensors(path, {'a': torch.ones(2)}, {'step': object()})
     assert load_tensors(path)[1] == {'step': 1}
 
-def test_nonfinite_batches_are_skipped_and_counted():
-    t = trainer()
+@pytest.mark.parametrize('guard, message, skipped', [(None, '20 batches in a row were not finite', 20), (Guard(limit=3), '4 returns to a good state', 4)])
+def test_nonfinite_batches_are_skipped_and_counted(guard, message, skipped, tmp_path):
+    t = trainer(guard=guard, path=tmp_path/'run.safetensors')
     class Broken(torch.nn.Module):
         def forward(self, y):
             tau = t.posterior.simulate(8, y)
@@ -127,8 +128,9 @@ def test_nonfinite_batches_are_skipped_and_counted():
             return tau
     before = weights(t)
     t.behaviour = Broken()
-    with pytest.raises(FloatingPointError, match='20 batches in a row were not finite'): t.fit(Y, 30, log=str)
-    assert t.skipped == 40 and same(before, weights(t))
+    with pytest.raises(Diverged, match=message): t.fit(Y, 30, log=str)
+    assert t.skipped == skipped and same(before, weights(t))
+    assert len(t.events) == (skipped if guard else 0)
 
 def test_batch_size_does_not_matter():
     problem = plane()
