@@ -147,11 +147,12 @@ class LikelihoodGradient(Guidance):
 # %% ../nbs/10_guidance.ipynb #2f893bdc
 class Gate(Drift):
     "A drift times a learned factor, piecewise linear in time"
-    lr = 1e-2 # the rate at which it likes to learn
-    def __init__(self, drift:Drift, knots=21, value=1.):
+    def __init__(self, drift:Drift, knots=21, value=1., # at the start
+        lr=1e-2 # for the trainer's own optimiser
+        ):
         super().__init__()
         if knots < 2: raise ValueError(f'a gate needs at least two knots, got {knots}')
-        self.drift, self.value = drift, nn.Parameter(torch.full((knots,), float(value)))
+        self.drift, self.value, self.lr = drift, nn.Parameter(torch.full((knots,), float(value))), lr
     def forward(self, step):
         q = step.t.clamp(0, 1)*(len(self.value)-1)
         i = q.floor().long().clamp(max=len(self.value)-2)

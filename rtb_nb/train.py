@@ -45,11 +45,11 @@ def image_drifts(problem:InverseProblem, guide=None, # a guidance drift to start
     "A gated guide and a patch transformer that sees x, x0_hat, the guide's shift and y"
     channels, size, _ = problem.prior.shape
     if guide is None:
-        guide, start, features = LikelihoodGradient(problem.likelihood), .01, (see,)
-    else: start, features = 1., (guess_shift(guide), see)
+        gate, features = Gate(LikelihoodGradient(problem.likelihood), value=.01, lr=3e-3), (see,)
+    else: gate, features = Gate(guide), (guess_shift(guide), see)
     y = problem.likelihood(torch.zeros(1, channels, size, size, device=problem.prior.device)).mean
     net = PatchTransformer(size, channels*(len(features)+1) + see(SimpleNamespace(y=y)).shape[1], channels, width=width, depth=depth)
-    return [Gate(guide, value=start), NetDrift(net, *features)]
+    return [gate, NetDrift(net, *features)]
 
 # %% ../nbs/14_train.ipynb #cb549474
 def default_optimiser(drifts:nn.ModuleList, objective:RTB):
