@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
-           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein', 'assess']
+           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein', 'mode_weights',
+           'total_variation', 'interval_coverage', 'assess']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
 import math
@@ -122,6 +123,29 @@ def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event s
     gap = (x@w).sort(0).values[i] - (y@w).sort(0).values[j]
     return (gap.square()*width[:, None]).sum(0).mean().sqrt()
 
+# %% ../nbs/15_metrics.ipynb #c30ef142
+def mode_weights(x, # samples (n, D)
+    means # (M, D)
+    ) -> Tensor: # (M,), sums to 1
+    "Share of the samples that lie nearest to each mode"
+    x, means = as_values(x), as_values(means)
+    if x.ndim != 2 or means.ndim != 2 or x.shape[1] != means.shape[1]: raise ValueError(f'mode_weights takes samples (n, D) and means (M, D), got {tuple(x.shape)} and {tuple(means.shape)}')
+    return torch.bincount(torch.cdist(x, means).argmin(1), minlength=len(means)).double()/len(x)
+
+def total_variation(p, q # (M,) each, summing to 1
+    ) -> Tensor:
+    "Half the sum of absolute differences"
+    return (as_values(p) - as_values(q)).abs().sum()/2
+
+def interval_coverage(x, # samples (n, ...)
+    exact, # distribution with `cdf` and batch shape (...), such as Normal(mean, std)
+    level=.9) -> Tensor: # mean over coordinates
+    "Exact probability inside the samples' central intervals; `level` if they are right"
+    if not 0 < level < 1: raise ValueError(f'level must lie in (0, 1), got {level}')
+    x = torch.as_tensor(x).double()
+    low, high = (torch.quantile(x, q, 0) for q in ((1-level)/2, (1+level)/2))
+    return (exact.cdf(high) - exact.cdf(low)).mean()
+
 # %% ../nbs/15_metrics.ipynb #ba286e32
 def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
     y, # one measurement (1, ...)
@@ -133,7 +157,7 @@ def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
     if n < 1: raise ValueError(f'assess needs at least one sample, got n = {n}')
     parts = [problem.rollout(posterior, min(chunk, n-i), y) for i in range(0, n, chunk)]
     x, log_r, log_w = (torch.cat([p[i] for p in parts]) for i in range(3))
-    chi2 = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)])
-    numbers = dict(e_log_r=log_r.mean().item(), chi2=chi2.mean().item(), pixel_std=x.std(0).mean().item() if n > 1 else 0., calls=n*posterior.steps)
-    if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.likelihood(truth).log_prob(y).item())
+    numbers = dict(e_log_r=log_r.mean().item(), pixel_std=x.std(0).mean().item() if n > 1 else 0., calls=n*posterior.steps)
+    if hasattr(problem, 'operator'): numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)]).mean().item()
+    if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.log_reward(truth, y).item())
     return x, numbers | evidence(log_w)

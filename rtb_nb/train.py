@@ -23,16 +23,18 @@ from .objective import RTB
 # %% ../nbs/14_train.ipynb #70190842
 def path_gradient(problem:InverseProblem, posterior:Drifted, objective:RTB, tau:Trajectories, log_r:Tensor, # (B,) tempered
     fraction=1., # share of the steps to differentiate, drawn at random
-    chunk=128 # most images a differentiated network call
+    chunk=512 # most images a differentiated network call
     ) -> Tensor: # log-weights before the update (B,)
     "Add the gradient of the objective to the drifts' (and the objective's) parameters"
     if not 0 < fraction <= 1: raise ValueError(f'fraction must lie in (0, 1], got {fraction}')
-    with torch.no_grad(): log_w = log_r - posterior.log_ratio(tau, 2*chunk)
-    if not torch.isfinite(log_w).all(): return log_w
-    leaf = log_w.clone().requires_grad_()
-    objective(leaf, tau.y, tau.branch).backward()
     K = posterior.steps
     m = max(1, round(fraction*K))
+    whole = m == K and K*len(tau) <= chunk
+    with torch.set_grad_enabled(whole): log_w = log_r - posterior.log_ratio(tau, chunk if whole else 2*chunk)
+    if not torch.isfinite(log_w).all(): return log_w.detach()
+    leaf = log_w if whole else log_w.clone().requires_grad_()
+    objective(leaf, tau.y, tau.branch).backward()
+    if whole: return log_w.detach()
     steps = torch.arange(K) if m == K else torch.randperm(K)[:m]
     for ks in steps.split(max(1, chunk//len(tau))):
         (-leaf.grad*posterior.step_log_ratio(tau, ks).sum(0)).sum().mul(K/m).backward()
@@ -81,7 +83,7 @@ class Trainer:
         opt=None, # an optimiser of the drifts (and the objective); `default_optimiser` if None
         updates=1, # gradient steps a batch of paths
         fraction=1., # share of the steps to differentiate in each
-        chunk=128, # most images a differentiated network call
+        chunk=512, # most images a differentiated network call
         clip=1., # largest gradient norm; `math.inf` for no clipping
         decay=.95, # of the averaged drifts
         beta=1., # tempers the likelihood: a number, `Ramp(iterations)` or `Adaptive(fraction)`
