@@ -1,16 +1,17 @@
 "The core's promises, checked once for all chapters: clear refusals, reproducible runs, nothing lost"
 import math
 import pytest, torch
-from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, VDenoiser
+from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, VDenoiser, gaussian_field
 from rtb_nb.diffusion import Diffusion, Drift, Drifted, Trajectories, gaussian
 from rtb_nb.explore import Buffer, Mixture, OnPolicy, Replay, resimulate
-from rtb_nb.guidance import CLA, Gate, MomentMatching
-from rtb_nb.likelihood import ExactChain, InverseProblem, Likelihood
+from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, MomentMatching, PiGDM
+from rtb_nb.likelihood import ExactChain, ExactMixture, InverseProblem, Likelihood, Tilted
+from rtb_nb.metrics import interval_coverage, mode_weights
 from rtb_nb.networks import NetDrift, PatchTransformer, UNet, VectorNet, load_tensors, save_tensors
 from rtb_nb.objective import RTB, ScalarLogZ, VarGrad
 from rtb_nb.operators import Matrix
 from rtb_nb.priors import load_prior, train_prior
-from rtb_nb.schedule import VE, Cosine, Table, levels
+from rtb_nb.schedule import VE, Bridge, Cosine, Table, levels
 from rtb_nb.train import Diverged, Guard, Trainer, path_gradient
 
 Y = torch.tensor([[.9]])
@@ -64,6 +65,17 @@ refusals = {
         plane().likelihood), Y), ValueError, 'needs a GaussianDenoiser prior, got MixtureDenoiser'),
     'dead zone over bound': (lambda _: RTB(dead_zone=2., bound=1.), ValueError, 'bound must exceed the dead zone 2.0, got 1.0'),
     'lonely path': (lambda _: VarGrad()(torch.zeros(3), torch.tensor([[0.], [0.], [1.]])), ValueError, 'at least two paths'),
+    'bridge': (lambda _: Bridge(0), ValueError, 'std must be positive, got 0'),
+    'field': (lambda _: gaussian_field(8, .4, -1, Cosine()), ValueError, 'length > 0, got 8, 0.4 and -1'),
+    'mixture needs mixture': (lambda _: ExactMixture(plane(), Y), ValueError, 'needs a MixtureDenoiser prior, got GaussianDenoiser'),
+    'tilt shape': (lambda _: Tilted(plane().prior, lambda x: x).log_reward(torch.zeros(3, 2), None), ValueError, 'one number a sample (3,), got (3, 2)'),
+    'tilt simulates': (lambda _: Tilted(plane().prior, lambda x: x).simulate(2), TypeError, 'use prior.sample'),
+    'DPS scale': (lambda _: DPS(plane().likelihood, plane().prior.denoiser, 0), ValueError, 'scale must be positive, got 0'),
+    'PiGDM variance': (lambda _: PiGDM(plane().likelihood, plane().prior.denoiser, -1), ValueError, 'variance must be positive'),
+    'matching needs Gaussian': (lambda _: GaussianMatching(plane().likelihood, torch.nn.Identity()), ValueError, 'needs a GaussianDenoiser, got Identity'),
+    'log Z from nothing': (lambda _: ScalarLogZ.of(Tilted(plane().prior, lambda x: x[:, 0]*math.nan), Drifted(plane().prior, []), Tilted.nothing, 4), ValueError, 'none of 4 paths'),
+    'modes': (lambda _: mode_weights(torch.zeros(4, 2), torch.zeros(3, 3)), ValueError, 'got (4, 2) and (3, 3)'),
+    'coverage': (lambda _: interval_coverage(torch.zeros(4, 2), None, 1.), ValueError, 'level must lie in (0, 1), got 1.0'),
     'nothing to train': (lambda _: Trainer(plane(), Drifted(plane().prior, []), None), ValueError, 'nothing to train'),
     'fraction': (lambda _: trainer(fraction=0), ValueError, 'fraction must lie in (0, 1], got 0'),
     'clip': (lambda _: trainer(clip=0), ValueError, 'clip must be a positive'),
