@@ -108,13 +108,13 @@ class Buffer(nn.Module):
         y_shape, # of a measurement
         measurements=1,
         priority=Uniform(), # `Uniform()`, `ByReward()`, `ByRank()`: log r -> weights
-        likelihood=None, # gives the log r of added points, for priorities that need it
+        log_reward=None, # (x0, y) -> log r (B,) of added points, such as `problem.log_reward`, for priorities that need it
         device=None):
         super().__init__()
         if capacity < 1: raise ValueError(f'a buffer needs room for at least one point, got capacity {capacity}')
         if measurements < 1: raise ValueError(f'a buffer needs room for at least one measurement, got {measurements}')
         self.capacity, self.priority, self.needs_reward = capacity, priority, getattr(priority, 'needs_reward', True)
-        self.__dict__['likelihood'] = likelihood
+        self.__dict__['log_reward'] = log_reward
         zeros = lambda *s, dtype=None: torch.zeros(measurements, *s, dtype=dtype, device=device)
         table = torch.arange(1, measurements+1, dtype=torch.float64, device=device)[:, None].repeat(1, capacity)
         for name, v in dict(x0=zeros(capacity, *shape), y=zeros(*y_shape), log_r=zeros(capacity), table=table,
@@ -154,16 +154,16 @@ def claim(self:Buffer, y:Tensor # (B, ...)
 # %% ../nbs/12_explore.ipynb #43f9728d
 @torch.no_grad()
 def add(self:Buffer, x0:Tensor, y:Tensor, # (B, ...) each, or one y for all
-    log_r:Tensor=None # (B,); may be missing where the buffer has a likelihood or its priority needs none
+    log_r:Tensor=None # (B,); may be missing where the buffer has a log_reward or its priority needs none
     ):
     "Remember finite end points, over the oldest ones of their measurement"
     for name, mine, other in (('points', self.x0.shape[2:], x0.shape[1:]), ('measurements', self.y.shape[1:], y.shape[1:])):
         if mine != other: raise ValueError(f'this buffer holds {name} of shape {tuple(mine)}, got {tuple(other)}')
     y = repeat_y(y, len(x0), x0.device)
     if log_r is None:
-        if self.likelihood is not None: log_r = self.likelihood(x0).log_prob(y)
+        if self.log_reward is not None: log_r = self.log_reward(x0, y)
         elif not self.needs_reward: log_r = x0.new_zeros(len(x0))
-        else: raise ValueError(f'{type(self.priority).__name__} needs rewards: pass log_r to add, or a likelihood to the buffer')
+        else: raise ValueError(f'{type(self.priority).__name__} needs rewards: pass log_r to add, or a log_reward to the buffer')
     ok = torch.isfinite(x0).flatten(1).all(1) & torch.isfinite(log_r)
     if not ok.any(): return
     x0, y, log_r = x0[ok].to(self.x0), y[ok].to(self.y), log_r[ok].to(self.log_r)
@@ -272,8 +272,8 @@ class LocalSearch(Replay):
         ):
         super().__init__(posterior, buffer, n)
         if every < 1: raise ValueError(f'every must be a positive number of calls, got {every}')
-        if buffer.needs_reward and buffer.likelihood is None:
-            raise ValueError(f'{type(buffer.priority).__name__} needs rewards of the refined points: give the buffer a likelihood')
+        if buffer.needs_reward and buffer.log_reward is None:
+            raise ValueError(f'{type(buffer.priority).__name__} needs rewards of the refined points: give the buffer a log_reward')
         self.every, self.steps, self.points = every, steps, points or n
         self.__dict__['log_prob'] = log_prob
         for name, v in dict(calls=0, step_size=float(step_size), acceptance=math.nan).items():

@@ -153,6 +153,7 @@ def iterate(self:Trainer, y:Tensor):
     self.calls += tau.steps*len(tau)
     with torch.no_grad(): log_r = self.problem.log_likelihood(tau)
     beta = self.beta(self.step, log_r, tau.y) if callable(self.beta) else self.beta
+    if self.history: self.reference *= max(1., beta/self.history[-1]['beta'])
     first, before = None, self.skipped
     for _ in range(self.updates):
         log_w = self.update(tau, beta*log_r)

@@ -26,9 +26,9 @@ def room(capacity=8, shape=(2,), y_shape=(1,), **kw): return Buffer(capacity, sh
 
 def everything(problem, posterior, device=None):
     "Every behaviour that has a state, and those that have none"
-    buffer = room(32, measurements=3, priority=ByRank(), likelihood=problem.likelihood, device=device)
+    buffer = room(32, measurements=3, priority=ByRank(), log_reward=problem.log_reward, device=device)
     ends = MultivariateNormal(problem.prior.denoiser.mean.float(), problem.prior.denoiser.cov.float() + .05**2*torch.eye(2, device=device))
-    log_posterior = lambda x, y: ends.log_prob(x) + problem.likelihood(x).log_prob(y)
+    log_posterior = lambda x, y: ends.log_prob(x) + problem.log_reward(x, y)
     return Mixture(OnPolicy(posterior, 6, buffer, noise=Anneal(.5, 5)), FromPrior(posterior, 2), Replay(posterior, buffer, 2),
         Noised(posterior, lambda y: torch.cat([y, y], 1), 2, d=3), Backtrack(posterior, buffer.draw, 4, d=3, pairs=True),
         LocalSearch(posterior, buffer, 2, log_posterior, every=2, steps=10))
@@ -67,7 +67,7 @@ refusals = {
     'mala total': (lambda: mala(lambda x: -x.square().sum(), torch.zeros(2, 2)), ValueError, 'one value a point, (2,), got ()'),
     'mala start': (lambda: mala(lambda x: x.log().sum(1), -torch.ones(3, 2)), ValueError, '3 chains start where log_prob is not finite'),
     'search never': (lambda: LocalSearch(drifted(), room(), 2, None, every=0), ValueError, 'every must be a positive number'),
-    'search without reward': (lambda: LocalSearch(drifted(), room(priority=ByRank()), 2, None), ValueError, 'give the buffer a likelihood'),
+    'search without reward': (lambda: LocalSearch(drifted(), room(priority=ByRank()), 2, None), ValueError, 'give the buffer a log_reward'),
 }
 
 @pytest.mark.parametrize('name', refusals)

@@ -1,5 +1,5 @@
 "The guard brings runs back or gives them up cleanly, and a run killed at any moment continues to the bits of the unbroken one"
-import json, math, os, random, signal, time
+import math, os, random, signal, time
 import pytest, torch
 from rtb_nb.experiment import read_records, run_record
 from rtb_nb.explore import OnPolicy
@@ -49,6 +49,15 @@ def test_a_run_given_up_leaves_a_record_and_its_last_good_checkpoint(tmp_path):
     posterior = learned(problem)
     back = Trainer(problem, posterior, OnPolicy(posterior, 8), RTB(ScalarLogZ(0.), bound=None), path=path).resume()
     assert back.events and all(torch.isfinite(p).all() for p in back.learned)
+
+def test_more_of_the_likelihood_is_no_explosion():
+    "At the prior's own paths the residuals are beta times those of log r: a hundredfold beta is no divergence"
+    problem = plane()
+    posterior = learned(problem)
+    opt = torch.optim.Adam(posterior.drifts.parameters(), lr=0.)
+    beta = lambda step, log_r, y: .001 if step < 3 else 1.
+    t = Trainer(problem, posterior, OnPolicy(posterior, 64), opt=opt, beta=beta, guard=Guard(floor=0.)).fit(Y, 6, log=str)
+    assert not t.events and t.history[-1]['std'] > 100*t.history[0]['std']
 
 def test_asked_to_end_it_saves_and_leaves(tmp_path):
     whole = trainer().fit(Y, 6, log=str)
