@@ -40,6 +40,9 @@ class Trajectories:
     def __getitem__(self, i) -> 'Trajectories': # `i` indexes the batch with a slice or tensor
         pick = lambda v: None if v is None else v[i]
         return Trajectories(self.x[:, i], pick(self.y), None if self.x0_hat is None else self.x0_hat[:, i], pick(self.branch))
+    def to(self, device) -> 'Trajectories':
+        "The same paths on another device"
+        return Trajectories(*(None if v is None else v.to(device) for v in (self.x, self.y, self.x0_hat, self.branch)))
     @staticmethod
     def cat(parts:list) -> 'Trajectories':
         "One batch from several; the guesses survive where all have them, and branches stay apart"

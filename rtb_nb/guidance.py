@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Guidance', 'end_guess', 'end_noise', 'end_shift', 'MomentMatching', 'GaussianMatching', 'CLA', 'ThroughNetwork',
-           'PiGDM', 'DPS', 'LikelihoodGradient', 'Gate', 'guess_shift', 'see_y']
+           'PiGDM', 'DPS', 'reward_gradient', 'LikelihoodGradient', 'Gate', 'guess_shift', 'see_y', 'reward_slope']
 
 # %% ../nbs/10_guidance.ipynb #47c56865
 import torch
 from torch import nn, Tensor
-from .denoise import GaussianDenoiser
+from .denoise import GaussianDenoiser, bcast
 from .diffusion import Drift, Step
-from .likelihood import Likelihood
+from .likelihood import InverseProblem, Likelihood
 
 # %% ../nbs/10_guidance.ipynb #d0d48897
 class Guidance(Drift):
@@ -69,7 +69,7 @@ class GaussianMatching(Guidance):
         if (a, s2) not in self.gains:
             v = self.denoiser.values + end**2
             AC = self.A*(v*s2/(a**2*v + s2))
-            S = AC @ self.A.T + self.likelihood.noise_std**2*torch.eye(len(AC), dtype=AC.dtype)
+            S = AC @ self.A.T + self.likelihood.noise_std**2*torch.eye(len(AC), dtype=AC.dtype, device=AC.device)
             self.gains[a, s2] = self.denoiser.vectors @ torch.cholesky_solve(AC, torch.linalg.cholesky(S)).T
         return self.gains[a, s2]
     def shift(self, step):
@@ -89,7 +89,7 @@ class CLA(Guidance):
         "Gradient of log p_t(y | x_t) in x_t"
         op, a, s, y = self.likelihood.operator, step.alpha, step.sigma, self.measured(step)
         scale = lambda c, v: c.reshape(-1, *[1]*(v.ndim-1))*v
-        residual = scale(a, y) - op(step.x) + scale(1-a, op.offset.to(step.x))
+        residual = scale(a, y) - op(step.x) + scale(1-a, op.offset[None].to(step.x))
         return op.adjoint(op.gram_solve(residual, s.flatten()**2, (a.flatten()**2 + 1e-6)*self.likelihood.noise_std**2))
     def forward(self, step): return step.std*self.score(step)
 
@@ -133,16 +133,20 @@ class DPS(ThroughNetwork):
         return self.scale/step.std*self.pull(step, lambda x0: (y - self.likelihood.operator(x0)).flatten(1).norm(dim=1).sum())
 
 # %% ../nbs/10_guidance.ipynb #f0598a14
+def reward_gradient(log_r, # x0 (B, ...) -> (B,)
+    x0:Tensor) -> Tensor: # (B, ...), zero where it is not a number
+    "Gradient of log r, each sample's by itself"
+    with torch.enable_grad():
+        x0 = x0.detach().requires_grad_()
+        return torch.autograd.grad(log_r(x0).sum(), x0)[0].nan_to_num(0.)
+
 class LikelihoodGradient(Guidance):
     "Gradient of log r at the guess, clipped: the feature of the paper's drift network (Scimeca et al. 2025, eq. 8)"
     linear = False
     def __init__(self, likelihood:Likelihood, clip=100.): super().__init__(likelihood); self.clip = clip
     def forward(self, step):
         y = self.measured(step)
-        with torch.enable_grad():
-            x0 = step.x0_hat.detach().requires_grad_()
-            grad, = torch.autograd.grad(self.likelihood(x0).log_prob(y).sum(), x0)
-        return grad.nan_to_num(0.).clamp(-self.clip, self.clip)
+        return reward_gradient(lambda x0: self.likelihood(x0).log_prob(y), step.x0_hat).clamp(-self.clip, self.clip)
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
 class Gate(Drift):
@@ -168,3 +172,11 @@ def see_y(operator=None # its adjoint brings y to the image's shape; None where 
     ):
     "Feature for a `NetDrift`: the measurement"
     return lambda step: step.y if operator is None else operator.adjoint(step.y)
+
+# %% ../nbs/10_guidance.ipynb #d0f66470
+def reward_slope(problem:InverseProblem):
+    "Feature for a `NetDrift`: asinh of how much log r changes over one standard deviation of the guess's error, in each coordinate"
+    def slope(step):
+        error = bcast(problem.prior.denoiser.variance(step.t), step.x).sqrt().to(step.x)
+        return (error*reward_gradient(lambda x0: problem.log_reward(x0, step.y), step.x0_hat)).asinh()
+    return slope

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
            'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein', 'mode_weights',
-           'total_variation', 'interval_coverage', 'assess']
+           'total_variation', 'interval_coverage', 'assess', 'reweighted']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
 import math
@@ -161,3 +161,14 @@ def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
     if hasattr(problem, 'operator'): numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)]).mean().item()
     if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.log_reward(truth, y).item())
     return x, numbers | evidence(log_w)
+
+# %% ../nbs/15_metrics.ipynb #7bca9591
+def reweighted(x, # samples (n, ...)
+    log_w) -> Tensor: # (n, ...), with repetitions
+    "As many samples again, each copied in proportion to its weight"
+    log_w = as_values(log_w)
+    if log_w.ndim != 1 or len(x) != len(log_w): raise ValueError(f'reweighted takes samples (n, ...) and their log-weights (n,), got {tuple(x.shape)} and {tuple(log_w.shape)}')
+    if not log_w.isfinite().any(): raise ValueError(f'none of {len(log_w)} log-weights is finite')
+    share = log_w.masked_fill(~log_w.isfinite(), -math.inf).softmax(0).cumsum(0)
+    at = (torch.arange(len(x), device=share.device) + torch.rand((), dtype=share.dtype, device=share.device))/len(x)
+    return x[torch.searchsorted(share, at).clamp(max=len(x)-1)]

@@ -122,19 +122,24 @@ class UNet(nn.Module):
 # %% ../nbs/04_networks.ipynb #18a22164
 class VectorNet(nn.Module):
     "Network on vectors (B, in_dim) -> (B, out_dim): a perceptron plus a time-dependent linear map, both zero at the start"
-    def __init__(self, in_dim:int, out_dim:int, width=128, depth=2):
+    def __init__(self, in_dim:int, out_dim:int, width=128, depth=2,
+        frequencies=() # of waves that it sees beside its inputs, in cycles a unit of them
+        ):
         super().__init__()
+        if min(frequencies, default=1) <= 0: raise ValueError(f'frequencies must be positive, in cycles a unit, got {tuple(frequencies)}')
         self.in_dim, self.out_dim = in_dim, out_dim
+        self.register_buffer('waves', 2*math.pi*torch.tensor(frequencies), persistent=False)
         self.time = TimeEmbedding(width)
         self.linear = zero_(nn.Linear(width, (in_dim+1)*out_dim))
-        self.first = nn.Linear(in_dim, width)
+        self.first = nn.Linear(in_dim*(1 + 2*len(frequencies)), width)
         self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = zero_(nn.Linear(width, out_dim))
     def forward(self, x, t):
         if x.shape[1:] != (self.in_dim,): raise ValueError(f'VectorNet was made for vectors of {self.in_dim}, got shape {tuple(x.shape)}')
         e = self.time(t, len(x))
         W = self.linear(F.silu(e)).unflatten(-1, (self.out_dim, self.in_dim+1))
-        h = self.first(x) + e
+        waves = (x[..., None]*self.waves).flatten(1)
+        h = self.first(torch.cat([x, waves.sin(), waves.cos()], 1)) + e
         for layer in self.body: h = h + layer(F.silu(h))
         return self.last(F.silu(h)) + torch.einsum('boi,bi->bo', W[..., 1:], x) + W[..., 0]
 
