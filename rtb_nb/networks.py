@@ -136,12 +136,13 @@ class VectorNet(nn.Module):
         self.last = zero_(nn.Linear(width, out_dim))
     def forward(self, x, t):
         if x.shape[1:] != (self.in_dim,): raise ValueError(f'VectorNet was made for vectors of {self.in_dim}, got shape {tuple(x.shape)}')
-        e = self.time(t, len(x))
-        W = self.linear(F.silu(e)).unflatten(-1, (self.out_dim, self.in_dim+1))
+        times, which = t.reshape(-1).unique(return_inverse=True)
+        e = self.time(times, len(times))
+        W = self.linear(F.silu(e)).unflatten(-1, (self.out_dim, self.in_dim+1))[which]
         waves = (x[..., None]*self.waves).flatten(1)
-        h = self.first(torch.cat([x, waves.sin(), waves.cos()], 1)) + e
+        h = self.first(torch.cat([x, waves.sin(), waves.cos()], 1)) + e[which]
         for layer in self.body: h = h + layer(F.silu(h))
-        return self.last(F.silu(h)) + torch.einsum('boi,bi->bo', W[..., 1:], x) + W[..., 0]
+        return self.last(F.silu(h)) + (W[..., 1:] @ x[..., None])[..., 0] + W[..., 0]
 
 # %% ../nbs/04_networks.ipynb #3fe50475
 from .diffusion import Drift, Step

@@ -55,9 +55,9 @@ def image_drifts(problem:InverseProblem, guide=None, # a guidance drift to start
 
 # %% ../nbs/14_train.ipynb #b2af02fa
 def vector_drifts(problem:InverseProblem, guide=None, # a guidance drift to start from; the prior's paths if None
-    frequencies=(.25, .5, 1., 2.), # of the network's waves, in cycles a unit of the data
+    frequencies=(), # of the network's waves, in cycles a unit of the data: for many modes in the plane
     width=128, depth=3) -> list: # drifts for `Drifted`
-    "A gated guide, if there is one, and a `VectorNet` with waves that sees x, x0_hat, the slope of log r, the guide's shift and y"
+    "A gated guide, if there is one, and a `VectorNet` that sees x, x0_hat, the slope of log r, the guide's shift and y"
     D, = problem.prior.shape
     m = 0 if isinstance(problem, Tilted) else problem.likelihood(torch.zeros(1, D, device=problem.prior.device)).mean.shape[1]
     features = [reward_slope(problem), *([guess_shift(guide)] if guide else []), see_y()]
