@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Anneal', 'OnPolicy', 'FromPrior', 'Noised', 'Uniform', 'flat_rows', 'Buffer', 'ByReward', 'ByRank', 'Replay',
-           'Backtrack', 'mala', 'LocalSearch', 'Mixture', 'shares']
+           'Backtrack', 'mala', 'LocalSearch', 'Mixture', 'shares', 'off_policy']
 
 # %% ../nbs/12_explore.ipynb #83ea2ae3
 import math
@@ -314,3 +314,16 @@ def shares(n:int, # paths to share out
     whole = [math.floor(e) for e in exact]
     for i in sorted(range(len(parts)), key=lambda i: whole[i]-exact[i])[:n-sum(whole)]: whole[i] += 1
     return whole
+
+# %% ../nbs/12_explore.ipynb #b410a5a7
+def off_policy(problem, posterior:Drifted, y:Tensor, # measurements (M, ...) that it will be called with
+    n:int, # paths a measurement, at least four
+    parts=(.6, .2, .1, .1), # on-policy, from the prior, replayed, walked again from the middle
+    capacity=1024 # of the buffer, points a measurement
+    ) -> Mixture:
+    "On-policy paths, prior paths, and replay of the best ends so far"
+    counts = shares(n, *parts)
+    if len(counts) != 4 or min(counts) < 1: raise ValueError(f'off_policy gives every part at least one path: {n} paths in shares {parts} are {counts}')
+    buffer = Buffer(capacity, problem.prior.shape, y.shape[1:], len(y), ByReward(), problem.log_reward, posterior.device)
+    a, b, c, d = counts
+    return Mixture(OnPolicy(posterior, a, buffer), FromPrior(posterior, b), Replay(posterior, buffer, c), Backtrack(posterior, buffer, d, posterior.steps//2))
