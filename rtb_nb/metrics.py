@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
-           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'sliced_wasserstein', 'mode_weights',
-           'total_variation', 'interval_coverage', 'assess', 'reweighted']
+           'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'psnr', 'ssim', 'LPIPS', 'diversity',
+           'sliced_wasserstein', 'frechet_distance', 'fid', 'mode_weights', 'total_variation', 'interval_coverage',
+           'assess', 'reweighted', 'draw_each', 'sbc', 'tarp', 'expected_coverage', 'uniformity', 'calibration']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
-import math
+import math, warnings
+from pathlib import Path
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import nn, Tensor
 
 # %% ../nbs/15_metrics.ipynb #506acadb
 def as_values(values, dim=-1) -> Tensor: # float64
@@ -105,6 +108,101 @@ def posterior_mean_error(samples, # (n, ...)
     if truth.shape != samples.shape[1:]: raise ValueError(f'truth must have shape {tuple(samples.shape[1:])}, got {tuple(truth.shape)}')
     return (samples.mean(0)-truth).square().mean().sqrt()
 
+# %% ../nbs/15_metrics.ipynb #177d0a80
+def paired_images(x, truth) -> tuple: # both (B, C, H, W)
+    "Images beside their truth, which may be one for all"
+    x, truth = torch.as_tensor(x).detach(), torch.as_tensor(truth).detach()
+    for v in (x, truth):
+        if not v.is_floating_point():
+            raise TypeError(f'images must be floats in [-1, 1], got {v.dtype}: divide bytes by 127.5 and subtract 1')
+    shapes = tuple(x.shape), tuple(truth.shape)
+    if x.ndim != 4 or not len(x) or truth.shape[1:] != x.shape[1:] or len(truth) not in (1, len(x)):
+        raise ValueError('images and their truth must be (B, C, H, W) and (B or 1, C, H, W), got {} and {}'.format(*shapes))
+    return x, truth.to(x.device).expand_as(x)
+
+# %% ../nbs/15_metrics.ipynb #bfacd93b
+def psnr(x, truth, # (B, C, H, W), and as many or one
+    low=-1., high=1. # what black and white are
+    ) -> Tensor: # (B,), in decibels
+    "Peak signal-to-noise ratio: 10 log10 of range^2 over the mean squared error"
+    if not low < high: raise ValueError(f'low must be below high, got {low} and {high}')
+    x, truth = (v.double() for v in paired_images(x, truth))
+    return 10*torch.log10((high-low)**2/(x-truth).square().flatten(1).mean(1))
+
+# %% ../nbs/15_metrics.ipynb #9bfb32db
+def ssim(x, truth, # (B, C, H, W), and as many or one; sides of at least 11
+    low=-1., high=1. # what black and white are
+    ) -> Tensor: # (B,), at most 1
+    "Structural similarity (Wang et al. 2004): Gaussian windows of 11 x 11, 1.5 pixels wide, all inside the image"
+    if not low < high: raise ValueError(f'low must be below high, got {low} and {high}')
+    x, y = (v.double() - low for v in paired_images(x, truth))
+    if min(x.shape[-2:]) < 11: raise ValueError(f'ssim needs sides of at least 11 pixels for its window, got {tuple(x.shape[-2:])}')
+    g = torch.exp(-(torch.arange(11, device=x.device).double()-5)**2/4.5)
+    window = (g[:, None]*g/g.sum()**2).expand(x.shape[1], 1, 11, 11)
+    mean = lambda v: F.conv2d(v, window, groups=v.shape[1])
+    mx, my, c1, c2 = mean(x), mean(y), (.01*(high-low))**2, (.03*(high-low))**2
+    vx, vy, cov = mean(x*x) - mx**2, mean(y*y) - my**2, mean(x*y) - mx*my
+    return ((2*mx*my + c1)*(2*cov + c2)/((mx**2 + my**2 + c1)*(vx + vy + c2))).flatten(1).mean(1)
+
+# %% ../nbs/15_metrics.ipynb #8adefd10
+def local_weights(path, name, url) -> Path:
+    "The file given, else `name` in torch hub's cache; refused where it is not there"
+    file = Path(path) if path is not None else Path(torch.hub.get_dir())/'checkpoints'/name
+    if not file.is_file(): raise FileNotFoundError(f'no weights at {file}: pass weights=PATH of {name}, to be had from {url}')
+    return file
+
+def as_rgb(x) -> Tensor: # (B, 3, H, W)
+    "Grey repeated; colour as it is"
+    if x.shape[1] not in (1, 3): raise ValueError(f'LPIPS and FID take images of 1 or 3 channels, got {x.shape[1]}: choose three of them')
+    return x.expand(-1, 3, -1, -1)
+
+# %% ../nbs/15_metrics.ipynb #a49de88c
+class LPIPS(nn.Module):
+    "Perceptual distance of images in [-1, 1] (Zhang et al. 2018); grey is repeated"
+    backbones = dict(vgg=('vgg16-397923af.pth', 16), # torchvision's file, smallest side in pixels
+                     alex=('alexnet-owt-7be5be79.pth', 31), squeeze=('squeezenet1_1-b8a52dc0.pth', 17))
+    def __init__(self, weights=None, # torchvision's file for the backbone; None: in torch hub's cache
+        backbone='vgg', # 'vgg', 'alex' or 'squeeze'
+        chunk=64): # images at a time
+        super().__init__()
+        if backbone not in self.backbones: raise ValueError(f'{backbone!r} is no backbone of LPIPS: use one of {", ".join(self.backbones)}')
+        if chunk < 1: raise ValueError(f'chunk must be at least 1, got {chunk}')
+        name, self.smallest = self.backbones[backbone]
+        self.chunk, file = chunk, local_weights(weights, name, f'https://download.pytorch.org/models/{name}')
+        import lpips
+        try: state = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as e: raise ValueError(f'{file} is no readable weight file ({type(e).__name__}): fetch {name} again') from None
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter('ignore')
+            self.net = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False).requires_grad_(False)
+        own = self.net.net.state_dict()
+        theirs = {k: 'features.' + k.partition('.')[2] for k in own}
+        lost = [v for k, v in theirs.items() if v not in state or state[v].shape != own[k].shape]
+        if lost: raise ValueError(f'{file} does not hold the weights of {name}: {lost[0]!r} is missing or of another shape')
+        self.net.net.load_state_dict({k: state[v] for k, v in theirs.items()})
+    @torch.no_grad()
+    def forward(self, x, truth # (B, C, H, W), and as many or one; 1 or 3 channels
+        ) -> Tensor: # (B,)
+        x, truth = paired_images(x, truth)
+        if min(x.shape[-2:]) < self.smallest:
+            raise ValueError(f'this backbone needs sides of at least {self.smallest}, got {tuple(x.shape[-2:])}: enlarge both images')
+        like = self.net.scaling_layer.shift
+        pairs = zip(as_rgb(x).split(self.chunk), as_rgb(truth).split(self.chunk))
+        return torch.cat([self.net(a.to(like), b.to(like)).flatten() for a, b in pairs])
+
+# %% ../nbs/15_metrics.ipynb #ca64f071
+def diversity(samples, # of one measurement, (n, ...)
+    distance=None, # (a, b) -> (B,), such as an `LPIPS`; None: root mean square over pixels of a - b
+    chunk=64 # pairs at a time
+    ) -> Tensor: # a scalar
+    "Mean distance over all pairs of samples"
+    samples = torch.as_tensor(samples).detach()
+    n = len(samples) if samples.ndim > 1 else 0
+    if n < 2: raise ValueError(f'diversity needs at least two samples (n, ...), got shape {tuple(samples.shape)}')
+    if distance is None: return F.pdist(samples.flatten(1).double()).mean()/samples[0].numel()**.5
+    i, j = torch.triu_indices(n, n, 1)
+    return torch.cat([distance(samples[a], samples[b]) for a, b in zip(i.split(chunk), j.split(chunk))]).mean()
+
 # %% ../nbs/15_metrics.ipynb #d9746285
 def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event shape
     n_projections=128, seed=0) -> Tensor: # a scalar, in the samples' units; nan where a sample is not finite
@@ -122,6 +220,49 @@ def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event s
     i, j, width = edges[:-1]//m, edges[:-1]//n, edges.diff()/(n*m)
     gap = (x@w).sort(0).values[i] - (y@w).sort(0).values[j]
     return (gap.square()*width[:, None]).sum(0).mean().sqrt()
+
+# %% ../nbs/15_metrics.ipynb #168e1853
+def gaussian_fit(x, features, chunk) -> tuple: # mean (F,), and R (., F) with R'R the covariance
+    "Mean and root covariance of samples, or of their features"
+    x = torch.as_tensor(x).detach()
+    if features is not None:
+        with torch.no_grad(): x = torch.cat([features(part) for part in x.split(chunk)])
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(f'frechet_distance needs two or more vectors (n, F), got {tuple(x.shape)}: give `features`, which answers (B, F)')
+    x = x.double()
+    mean = x.mean(0)
+    return mean, (torch.linalg.qr((x-mean)/(len(x)-1)**.5)[1] if x.isfinite().all() else torch.full_like(x, math.nan))
+
+# %% ../nbs/15_metrics.ipynb #d07afa7f
+def frechet_distance(x, y, # samples (n, ...) and (m, ...)
+    features=None, # a network (B, ...) -> (B, F); None: x and y are vectors already
+    chunk=256 # samples a call of `features`
+    ) -> Tensor: # a scalar, squared as in FID; nan where a feature is not finite
+    "Squared quadratic Wasserstein distance of the Gaussians fitted to the features of two sets"
+    (mx, rx), (my, ry) = gaussian_fit(x, features, chunk), gaussian_fit(y, features, chunk)
+    if mx.shape != my.shape: raise ValueError(f'both sets need features of one size, got {len(mx)} and {len(my)}')
+    ry, my = ry.to(rx.device), my.to(rx.device)
+    if not (rx.isfinite().all() and ry.isfinite().all()): return torch.tensor(math.nan, dtype=rx.dtype)
+    cross = torch.linalg.matrix_norm(rx@ry.T, 'nuc')
+    return ((mx-my).square().sum() + rx.square().sum() + ry.square().sum() - 2*cross).clamp(min=0)
+
+# %% ../nbs/15_metrics.ipynb #311a60bd
+def fid(x, y, # images (n, C, H, W) and (m, C, H, W) in [-1, 1], 1 or 3 channels; clipped and rounded to bytes
+    weights=None, # torch-fidelity's Inception file; None: in torch hub's cache
+    batch=64) -> float: # nan where a pixel is not finite
+    "Fréchet Inception distance, through torch-fidelity"
+    x, y = (as_rgb(paired_images(v, v)[0]) for v in (x, y))
+    if min(len(x), len(y)) < 2: raise ValueError(f'fid needs at least two images in each set, got {len(x)} and {len(y)}')
+    if not (x.isfinite().all() and y.isfinite().all()): return math.nan
+    name = 'weights-inception-2015-12-05-6726825d.pth'
+    file = local_weights(weights, name, f'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}')
+    try: from torch_fidelity import calculate_metrics
+    except ImportError:
+        raise ImportError('fid needs torch-fidelity: pip install torch-fidelity; frechet_distance takes any network instead') from None
+    sets = [torch.utils.data.Subset(((v.clamp(-1, 1)+1)*127.5).round().byte().cpu(), range(len(v))) for v in (x, y)]
+    options = dict(feature_extractor_weights_path=str(file), batch_size=batch, save_cpu_ram=True, cache=False, verbose=False)
+    found = calculate_metrics(input1=sets[0], input2=sets[1], fid=True, cuda=torch.cuda.is_available(), **options)
+    return found['frechet_inception_distance']
 
 # %% ../nbs/15_metrics.ipynb #c30ef142
 def mode_weights(x, # samples (n, D)
@@ -153,12 +294,12 @@ def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
     truth=None, # (1, ...), if it is known
     chunk=64 # samples drawn at a time
     ) -> tuple: # samples (n, ...), and a dict of floats
-    "Draw posterior samples and judge them: E log r, evidence, chi2, error of the mean, network calls"
+    "Draw posterior samples and judge them: E log r, evidence, chi2 (of Gaussian noise), error of the mean, network calls"
     if n < 1: raise ValueError(f'assess needs at least one sample, got n = {n}')
     parts = [problem.rollout(posterior, min(chunk, n-i), y) for i in range(0, n, chunk)]
     x, log_r, log_w = (torch.cat([p[i] for p in parts]) for i in range(3))
     numbers = dict(e_log_r=log_r.mean().item(), pixel_std=x.std(0).mean().item() if n > 1 else 0., calls=n*posterior.steps)
-    if hasattr(problem, 'operator'): numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)]).mean().item()
+    if getattr(getattr(problem, 'likelihood', None), 'std', None): numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)]).mean().item()
     if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.log_reward(truth, y).item())
     return x, numbers | evidence(log_w)
 
@@ -172,3 +313,106 @@ def reweighted(x, # samples (n, ...)
     share = log_w.masked_fill(~log_w.isfinite(), -math.inf).softmax(0).cumsum(0)
     at = (torch.arange(len(x), device=share.device) + torch.rand((), dtype=share.dtype, device=share.device))/len(x)
     return x[torch.searchsorted(share, at).clamp(max=len(x)-1)]
+
+# %% ../nbs/15_metrics.ipynb #8dec9a0d
+def draw_each(sampler, # y (1, ...) -> samples (n, ...), n the same for every y
+    ys # measurements (N, ...)
+    ) -> Tensor: # (N, n, ...)
+    "The samples of each measurement"
+    ys = torch.as_tensor(ys)
+    if ys.ndim < 2 or not len(ys): raise ValueError(f'measurements must be (N, ...), one at least, got {tuple(ys.shape)}')
+    draws = [torch.as_tensor(sampler(y)).detach() for y in ys.split(1)]
+    shapes = {tuple(v.shape) for v in draws}
+    if len(shapes) > 1: raise ValueError(f'the sampler must answer samples of one shape for every measurement, got {sorted(shapes)}')
+    return torch.stack(draws)
+
+# %% ../nbs/15_metrics.ipynb #be1b940e
+def uniform_ranks(truth, samples, seed) -> Tensor: # (N, S) and (N, n, S) -> (N, S) in (0, 1)
+    "Share of the samples below the truth, smoothed"
+    below, ties = (samples < truth[:, None]).sum(1), (samples == truth[:, None]).sum(1)
+    random = torch.rand(truth.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(truth.device)
+    lost = ~(truth.isfinite() & samples.isfinite().all(1))
+    return ((below + random*(ties+1))/(samples.shape[1]+1)).masked_fill(lost, math.nan)
+
+def joint_samples(x, samples) -> tuple: # (N, D) and (N, n, D)
+    "Truths and their samples as vectors of one dtype"
+    x, samples = torch.as_tensor(x).detach(), torch.as_tensor(samples).detach()
+    if x.ndim < 2 or samples.ndim != x.ndim+1 or len(samples) != len(x) or samples.shape[2:] != x.shape[1:]:
+        raise ValueError(f'truths (N, ...) and samples (N, n, ...) must belong together, got {tuple(x.shape)} and {tuple(samples.shape)}')
+    if samples.shape[1] < 4: raise ValueError(f'calibration needs at least four samples of each measurement, got {samples.shape[1]}')
+    dtype = torch.promote_types(x.dtype, samples.dtype)
+    return x.flatten(1).to(samples.device, dtype), samples.flatten(2).to(dtype)
+
+# %% ../nbs/15_metrics.ipynb #9c5a69d7
+def sbc(x, samples, # truths (N, ...) and samples (N, n, ...) of their measurements, or a statistic of both
+    seed=0) -> Tensor: # (N, D)
+    "Rank of each coordinate of the truth among the samples, in (0, 1); uniform if the sampler is exact"
+    return uniform_ranks(*joint_samples(x, samples), seed)
+
+# %% ../nbs/15_metrics.ipynb #8e6040ff
+def tarp(x, samples, # truths (N, ...) and samples (N, n, ...) of their measurements
+    reference=None, # one point a measurement (N, ...), or several (N, R, ...); None: the first half of the samples
+    seed=0) -> Tensor: # (N, R)
+    "Credibility of the ball around each reference point that reaches the truth, in (0, 1); uniform if the sampler is exact"
+    event, (x, samples) = torch.as_tensor(x).shape, joint_samples(x, samples)
+    half = samples.shape[1]//2
+    if reference is None: reference, samples = samples[:, :half], samples[:, half:]
+    else:
+        r = torch.as_tensor(reference).detach().to(samples)
+        if r.shape == event: r = r[:, None]
+        if r.ndim != len(event)+1 or r.shape[:1] + r.shape[2:] != event or not r.shape[1]:
+            raise ValueError(f'reference must be {tuple(event)}, or several a measurement, got {tuple(r.shape)}')
+        reference = r.flatten(2)
+    distance = lambda a: torch.cdist(a, reference, compute_mode='donot_use_mm_for_euclid_dist')
+    return uniform_ranks(distance(x[:, None])[:, 0], distance(samples), seed)
+
+# %% ../nbs/15_metrics.ipynb #4333d0df
+def as_ranks(u) -> Tensor: # (N, R), float64
+    "Ranks of `sbc` or `tarp`, checked"
+    u = as_values(u, 0).flatten(1) if torch.as_tensor(u).ndim > 1 else as_values(u)[:, None]
+    if len(u) < 20: raise ValueError(f'calibration needs at least 20 simulations, got {len(u)}')
+    out = u[(u < 0) | (u > 1)]
+    if len(out): raise ValueError(f'ranks must lie in [0, 1], got {out[0].item()}: give what `sbc` or `tarp` return')
+    return u
+
+# %% ../nbs/15_metrics.ipynb #bfb4ebd3
+def expected_coverage(u, # ranks (N,), or (N, R) that are pooled
+    points=51) -> tuple: # credibility levels, coverage and its standard error: (points,) each
+    "How often the truth lies inside a region of each credibility level"
+    u = as_ranks(u)
+    if points < 2: raise ValueError(f'a curve needs at least two points, got {points}')
+    levels = torch.linspace(0, 1, points, dtype=u.dtype, device=u.device)
+    inside = (u[..., None] <= levels).double().mean(1)
+    lost = u.isnan().any()
+    return levels, *(v.masked_fill(lost, math.nan) for v in (inside.mean(0), standard_error(inside, 0)))
+
+# %% ../nbs/15_metrics.ipynb #35ee0bb3
+def uniformity(u, # ranks (N,), or (N, R) that are pooled
+    terms=2 # Legendre polynomials: location, width, skewness, ...
+    ) -> Tensor: # p-value, a scalar; nan where a rank is
+    "Neyman's smooth test of uniform ranks, over independent simulations"
+    u = as_ranks(u)
+    if not 1 <= terms < len(u): raise ValueError(f'terms must be between 1 and the number of simulations, got {terms}')
+    if u.isnan().any(): return torch.tensor(math.nan, dtype=u.dtype)
+    z = 2*u - 1
+    P = [torch.ones_like(z), z]
+    for k in range(1, terms): P.append(((2*k+1)*z*P[k] - k*P[k-1])/(k+1))
+    v = torch.stack([(2*k+1)**.5*P[k].mean(1) for k in range(1, terms+1)], 1)
+    m, S = v.mean(0), v.T@v/len(v)
+    return torch.special.gammaincc(torch.tensor(terms/2).to(m), len(v)*(m@torch.linalg.pinv(S, hermitian=True)@m)/2)
+
+# %% ../nbs/15_metrics.ipynb #822049dd
+def calibration(x, ys, # draws of the joint: truths (N, ...) and their measurements (N, ...)
+    sampler, # y (1, ...) -> samples (n, ...)
+    reference=None, # as in `tarp`
+    seed=0) -> dict: # floats; nan p-values where a sample is not finite
+    "TARP and SBC of a sampler: p-values, both together in `p`, and how far TARP's curve leaves the diagonal"
+    if len(x) != len(ys): raise ValueError(f'every truth needs its measurement, got {len(x)} and {len(ys)}')
+    samples = draw_each(sampler, ys)
+    ranks, balls = sbc(x, samples, seed), tarp(x, samples, reference, seed)
+    levels, inside, _ = expected_coverage(balls)
+    each = torch.stack([uniformity(u) for u in ranks.T])
+    tarp_p, sbc_p = uniformity(balls), (each.min()*len(each)).clamp(max=1)
+    numbers = dict(p=(2*torch.minimum(tarp_p, sbc_p)).clamp(max=1), tarp_p=tarp_p, sbc_p=sbc_p, tarp_off=(inside-levels).abs().max())
+    finite = samples.flatten(1).isfinite().all(1).double().mean().item()
+    return {k: v.item() for k, v in numbers.items()} | dict(simulations=len(x), samples=samples.shape[1], finite=finite)

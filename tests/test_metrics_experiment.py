@@ -70,6 +70,108 @@ def test_sliced_wasserstein_is_a_distance():
     u = (torch.arange(70_000)+.5)/70_000
     assert d(x, y).item() == pytest.approx((quantile(x, u)-quantile(y, u)).square().mean().sqrt().item(), rel=1e-3)
 
+# ---- images
+
+@pytest.fixture
+def random_backbone(tmp_path):
+    from torchvision.models import squeezenet1_1
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1().state_dict(), tmp_path/'random.pth')
+    return tmp_path/'random.pth'
+
+def test_psnr_and_ssim_against_a_sum_by_hand():
+    torch.manual_seed(0)
+    x, y = (torch.rand(2, 1, 1, 11, 11).double()*2-1)
+    w = torch.tensor([[math.exp(-((i-5)**2+(j-5)**2)/(2*1.5**2)) for j in range(11)] for i in range(11)], dtype=torch.float64)
+    w, a, b = w/w.sum(), x[0, 0]+1, y[0, 0]+1
+    ma, mb = (w*a).sum(), (w*b).sum()
+    va, vb, cov = (w*(a-ma)**2).sum(), (w*(b-mb)**2).sum(), (w*(a-ma)*(b-mb)).sum()
+    by_hand = (2*ma*mb+.02**2)*(2*cov+.06**2)/((ma**2+mb**2+.02**2)*(va+vb+.06**2))
+    assert ssim(x, y).item() == pytest.approx(by_hand.item(), abs=1e-12)
+    assert psnr(x, y).item() == pytest.approx(10*math.log10(4*121/((a-b)**2).sum().item()), abs=1e-9)
+    assert ssim(x, x).item() == pytest.approx(1) and math.isinf(psnr(x, x))
+
+def test_psnr_and_ssim_against_skimage():
+    from skimage.data import astronaut
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    torch.manual_seed(0)
+    truth = torch.tensor(astronaut()[100:164, 100:148]).permute(2, 0, 1)[None]/127.5 - 1
+    x = truth + torch.tensor([.02, .1, .4]).reshape(3, 1, 1, 1)*torch.randn(3, 3, 64, 48)
+    kw = dict(data_range=2., channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    theirs = [structural_similarity((v.double()+1).numpy(), (truth[0].double()+1).numpy(), **kw) for v in x]
+    assert ssim(x, truth).tolist() == pytest.approx(theirs, abs=1e-9)
+    assert psnr(x, truth).tolist() == pytest.approx([peak_signal_noise_ratio(truth[0].double().numpy(), v.double().numpy(), data_range=2.) for v in x])
+    assert torch.allclose(ssim(x, truth), ssim((x+1)/2, (truth+1)/2, 0., 1.))
+    assert torch.allclose(ssim(x, truth), torch.cat([ssim(v[None], truth) for v in x]), rtol=1e-9)
+
+def test_lpips_is_its_formula_and_does_not_depend_on_the_batch(random_backbone):
+    state = torch.get_rng_state()
+    distance = LPIPS(random_backbone, 'squeeze', chunk=2)
+    assert torch.equal(state, torch.get_rng_state()) and not any(p.requires_grad for p in distance.parameters())
+    x, truth = torch.rand(5, 1, 32, 32)*2-1, torch.rand(1, 1, 32, 32)*2-1
+    whole = distance(x, truth)
+    assert whole.shape == (5,) and (whole > 0).all()
+    assert torch.allclose(whole, torch.cat([distance(v[None], truth) for v in x]), rtol=1e-5)
+    shift, scale = torch.tensor([-.030, -.088, -.188]).reshape(3, 1, 1), torch.tensor([.458, .448, .450]).reshape(3, 1, 1)
+    layers = lambda v: distance.net.net((v.expand(1, 3, -1, -1)-shift)/scale)
+    unit = lambda f: f/f.square().sum(1, keepdim=True).sqrt().clamp(min=1e-10)
+    lins = [k for k in distance.net.state_dict() if k.startswith('lin') and k.endswith('weight') and not k.startswith('lins')]
+    heads = [distance.net.state_dict()[k] for k in sorted(lins)]
+    by_hand = sum(((unit(a)-unit(b)).square()*h).sum(1).mean() for a, b, h in zip(layers(x[:1]), layers(truth), heads))
+    assert whole[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+def test_lpips_finds_the_weights_in_the_cache_and_says_what_is_missing(random_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='pass weights=PATH of vgg16-397923af.pth, to be had from https'): LPIPS()
+    (tmp_path/'checkpoints').mkdir()
+    random_backbone.rename(tmp_path/'checkpoints'/'squeezenet1_1-b8a52dc0.pth')
+    assert LPIPS(backbone='squeeze')(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)).item() == 0
+    with pytest.raises(FileNotFoundError, match='weights-inception'): fid(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))
+    (tmp_path/'torn.pth').write_bytes(b'PK torn')
+    with pytest.raises(ValueError, match='no readable weight file .* fetch squeezenet1_1') as e: LPIPS(tmp_path/'torn.pth', 'squeeze')
+    assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match="'features.0.weight' is missing"):
+        torch.save({'a': torch.zeros(1)}, tmp_path/'other.pth')
+        LPIPS(tmp_path/'other.pth', 'squeeze')
+
+def test_fid_without_torch_fidelity_says_what_to_install(random_backbone, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch_fidelity', None)
+    with pytest.raises(ImportError, match='pip install torch-fidelity'): fid(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8), random_backbone)
+
+def test_fid_hands_bytes_to_torch_fidelity(random_backbone, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(sys.modules, 'torch_fidelity', type(sys)('torch_fidelity'))
+    sys.modules['torch_fidelity'].calculate_metrics = lambda **kw: seen.update(kw) or {'frechet_inception_distance': 1.5}
+    x = torch.tensor([-1., 0, 1, 7]).reshape(1, 1, 2, 2).expand(3, 1, 2, 2)
+    assert fid(x, x[:2], random_backbone) == 1.5 and seen['fid'] and seen['feature_extractor_weights_path'] == str(random_backbone)
+    assert len(seen['input1']) == 3 and len(seen['input2']) == 2 and isinstance(seen['input1'], torch.utils.data.Dataset)
+    assert seen['input1'][0].dtype == torch.uint8 and seen['input1'][0].shape == (3, 2, 2) and seen['input1'][0][2].flatten().tolist() == [0, 128, 255, 255]
+    assert math.isnan(fid(x*math.nan, x, random_backbone))
+
+@pytest.mark.parametrize('n, m, f', [(50, 80, 5), (6, 9, 12), (4, 90, 7)])
+def test_frechet_distance_against_a_matrix_root(n, m, f):
+    from scipy.linalg import sqrtm
+    torch.manual_seed(f)
+    x, y = torch.randn(n, f).double()*torch.rand(f), torch.randn(m, f).double()@torch.randn(f, f).double() + 1
+    covs = [v.T.cov().numpy() for v in (x, y)]
+    exact = ((x.mean(0)-y.mean(0))**2).sum().item() + np.trace(covs[0]+covs[1]) - 2*np.trace(np.real(sqrtm(covs[0]@covs[1])))
+    assert frechet_distance(x, y).item() == pytest.approx(exact, rel=1e-5)
+    assert frechet_distance(x, y).item() == pytest.approx(frechet_distance(y, x).item()) and frechet_distance(x, x) < 1e-9
+    net = lambda v: v[:, :3]
+    assert torch.allclose(frechet_distance(x, y, net, chunk=3), frechet_distance(x[:, :3], y[:, :3]))
+    assert frechet_distance(x, y.index_fill(0, torch.tensor([0]), math.nan)).isnan()
+
+def test_frechet_distance_of_gaussians_tends_to_the_closed_form():
+    torch.manual_seed(0)
+    s, t = torch.tensor([1., 2., .5]), torch.tensor([2., 2., 1.5])
+    found = [frechet_distance(s*torch.randn(20_000, 3), 1+t*torch.randn(20_000, 3)).item() for _ in range(3)]
+    assert np.mean(found) == pytest.approx(3+((s-t)**2).sum().item(), rel=.02)
+
+def test_diversity_counts_every_pair_once():
+    x = torch.tensor([0., 1., 5.]).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
+    assert diversity(x).item() == pytest.approx(10/3) and diversity(x, lambda a, b: (a-b).abs().amax((1, 2, 3)), chunk=2).item() == pytest.approx(10/3)
+    assert diversity(torch.zeros(5, 2)) == 0 and diversity(x*math.nan).isnan()
+
 # ---- records
 
 def write_fifty(path, worker):
@@ -163,6 +265,7 @@ def test_numbers():
 
 # ---- bad input: one line that names the value
 
+pixels = torch.zeros(2, 3, 8, 8)
 bad = [
     (lambda: elbo([]), ValueError, 'at least one value'),
     (lambda: elbo(torch.tensor(1.)), ValueError, 'at least one value'),
@@ -177,6 +280,21 @@ bad = [
     (lambda: sliced_wasserstein(torch.zeros(4, 2), torch.zeros(4, 3)), ValueError, 'of one shape'),
     (lambda: sliced_wasserstein(torch.zeros(0, 2), torch.zeros(4, 2)), ValueError, 'non-empty'),
     (lambda: sliced_wasserstein(torch.zeros(4, 2), torch.zeros(4, 2), 0), ValueError, 'n_projections'),
+    (lambda: psnr(pixels.byte(), pixels), TypeError, 'got torch.uint8: divide bytes'),
+    (lambda: psnr(pixels[0], pixels), ValueError, r'got \(3, 8, 8\) and \(2, 3, 8, 8\)'),
+    (lambda: psnr(pixels, pixels[..., :4]), ValueError, r'\(2, 3, 8, 4\)'),
+    (lambda: psnr(pixels, pixels, 1., 0.), ValueError, 'low must be below high, got 1.0 and 0.0'),
+    (lambda: ssim(pixels, pixels), ValueError, r'at least 11 pixels for its window, got \(8, 8\)'),
+    (lambda: LPIPS('no/such/file.pth'), FileNotFoundError, 'no weights at no/such/file.pth: pass weights=PATH'),
+    (lambda: LPIPS(backbone='resnet'), ValueError, "'resnet' is no backbone of LPIPS: use one of vgg, alex, squeeze"),
+    (lambda: LPIPS(chunk=0), ValueError, 'chunk must be at least 1, got 0'),
+    (lambda: diversity(pixels[:1]), ValueError, r'at least two samples .* got shape \(1, 3, 8, 8\)'),
+    (lambda: frechet_distance(pixels, pixels), ValueError, 'give `features`'),
+    (lambda: frechet_distance(torch.zeros(1, 4), torch.zeros(3, 4)), ValueError, r'two or more vectors \(n, F\), got \(1, 4\)'),
+    (lambda: frechet_distance(torch.zeros(5, 4), torch.zeros(3, 2)), ValueError, 'got 4 and 2'),
+    (lambda: fid(pixels[:1], pixels), ValueError, 'at least two images in each set, got 1 and 2'),
+    (lambda: fid(pixels[:, :2], pixels), ValueError, '1 or 3 channels, got 2'),
+    (lambda: fid(pixels, pixels, 'no/such/file.pth'), FileNotFoundError, 'pass weights=PATH of weights-inception'),
     (lambda: seed_everything(-1), ValueError, 'got -1'),
     (lambda: seed_everything(1.5), ValueError, 'got 1.5'),
     (lambda: seed_everything(True), ValueError, 'got True'),
