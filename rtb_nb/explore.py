@@ -317,13 +317,13 @@ def shares(n:int, # paths to share out
 
 # %% ../nbs/12_explore.ipynb #b410a5a7
 def off_policy(problem, posterior:Drifted, y:Tensor, # measurements (M, ...) that it will be called with
-    n:int, # paths a measurement, at least four
-    parts=(.6, .2, .1, .1), # on-policy, from the prior, replayed, walked again from the middle
-    capacity=1024 # of the buffer, points a measurement
+    n:int, # paths a measurement
+    share=.6, # of on-policy paths
+    samples=4096 # of the prior, for each measurement
     ) -> Mixture:
-    "On-policy paths, prior paths, and replay of the best ends so far"
-    counts = shares(n, *parts)
-    if len(counts) != 4 or min(counts) < 1: raise ValueError(f'off_policy gives every part at least one path: {n} paths in shares {parts} are {counts}')
-    buffer = Buffer(capacity, problem.prior.shape, y.shape[1:], len(y), ByReward(), problem.log_reward, posterior.device)
-    a, b, c, d = counts
-    return Mixture(OnPolicy(posterior, a, buffer), FromPrior(posterior, b), Replay(posterior, buffer, c), Backtrack(posterior, buffer, d, posterior.steps//2))
+    "On-policy paths, and paths to the prior's samples of high reward"
+    a, b = shares(n, share, 1-share)
+    if min(a, b) < 1: raise ValueError(f'off_policy needs at least one path of either kind: {n} paths at a share of {share} are {a} and {b}')
+    buffer = Buffer(samples, problem.prior.shape, y.shape[1:], len(y), ByReward(), problem.log_reward, posterior.device)
+    for one in y.split(1): buffer.add(problem.prior.sample(samples), one)
+    return Mixture(OnPolicy(posterior, a), Replay(posterior, buffer, b))
