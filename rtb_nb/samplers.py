@@ -56,7 +56,8 @@ def ladder(prior:Diffusion,
         whole(steps=steps)
         start = min(ends[0], times_of(schedule, torch.tensor([top], dtype=torch.float64)).item())
         t = torch.linspace(start, ends[-1], steps, dtype=torch.float64)
-    if t.ndim != 1 or not len(t) or not (t.diff() < 0).all() or t[0] > 1 or t[-1] < 0: raise ValueError(f'times must fall within [0, 1], noise first, got {t.tolist()[:4]}')
+    if t.ndim != 1 or not len(t) or not (t.diff() < 0).all() or t[0] > 1 or t[-1] < 0:
+        raise ValueError(f'times must fall within [0, 1], noise first, got {t.tolist()[:4]}')
     return [Level(*v) for v in zip(t.tolist(), *(c.tolist() for c in schedule(t.double().cpu())))] + [CLEAN]
 
 # %% ../nbs/11_samplers.ipynb #61ce2b9e
@@ -97,7 +98,9 @@ def begin(problem:InverseProblem, y, n:int) -> tuple: # y (n, ...), guesses, zer
 def need(problem, *methods) -> None:
     "Refuse an operator that lacks what a linear method asks of it"
     lacks = [m for m in methods if not hasattr(problem.operator, m)]
-    if lacks: raise ValueError(f'this sampler needs a linear operator, with {" and ".join(methods)}; {type(problem.operator).__name__} has no {lacks[0]}: use fps, twisted, dps, daps or mgdm')
+    if lacks:
+        raise ValueError(f'this sampler needs a linear operator, with {" and ".join(methods)}; {type(problem.operator).__name__} '
+                         f'has no {lacks[0]}: use fps, twisted, dps, daps or mgdm')
 
 def ticks(items, progress:bool) -> list:
     "The items, with a bar if wanted"
@@ -263,7 +266,7 @@ class Tangent:
     def adjoint(self, y): return self.times(self.J.mT, y).to(y.dtype).reshape(self.x_shape)
     def factor(self, a, b):
         if (a, b) not in self.factors:
-            self.factors[a, b] = torch.linalg.cholesky(a*self.gram + b*torch.eye(self.gram.shape[-1], dtype=self.gram.dtype, device=self.gram.device))
+            self.factors[a, b] = torch.linalg.cholesky(a*self.gram + b*torch.eye(self.gram.shape[-1]).to(self.gram))
         return self.factors[a, b]
     def gram_solve(self, v, a, b):
         L, w = self.factor(a, b), v.flatten(1).double()[..., None]
