@@ -319,11 +319,12 @@ def shares(n:int, # paths to share out
 def off_policy(problem, posterior:Drifted, y:Tensor, # measurements (M, ...) that it will be called with
     n:int, # paths a measurement
     share=.6, # of on-policy paths
-    samples=4096 # of the prior, for each measurement
+    samples=4096 # of the prior, drawn once, in one batch, for all measurements
     ) -> Mixture:
     "On-policy paths, and paths to the prior's samples of high reward"
     a, b = shares(n, share, 1-share)
     if min(a, b) < 1: raise ValueError(f'off_policy needs at least one path of either kind: {n} paths at a share of {share} are {a} and {b}')
     buffer = Buffer(samples, problem.prior.shape, y.shape[1:], len(y), ByReward(), problem.log_reward, posterior.device)
-    for one in y.split(1): buffer.add(problem.prior.sample(samples), one)
+    x0 = problem.prior.sample(samples)
+    for one in y.split(1): buffer.add(x0, one)
     return Mixture(OnPolicy(posterior, a), Replay(posterior, buffer, b))

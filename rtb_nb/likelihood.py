@@ -125,8 +125,11 @@ class ExactChain:
         self.f = c.c0[:, None]*(1 - alpha[:, None]*gain)*m
         self.s2 = c.std**2
         self.s0 = c.sigma[0]**2
-        self.mean, self.var = torch.zeros_like(m), self.s0*torch.ones_like(m)
-        for F, f, s2 in zip(self.F, self.f, self.s2): self.mean, self.var = F*self.mean + f, F**2*self.var + s2
+        self.means, self.vars = [torch.zeros_like(m)], [self.s0*torch.ones_like(m)] # of every level of the prior's chain
+        for F, f, s2 in zip(self.F, self.f, self.s2):
+            self.means.append(F*self.means[-1] + f)
+            self.vars.append(F**2*self.vars[-1] + s2)
+        self.mean, self.var = self.means[-1], self.vars[-1]
         predicted = A*self.var @ A.T + var*torch.eye(len(A), dtype=torch.float64)
         self.log_evidence = MultivariateNormal(A @ self.mean, predicted).log_prob(residual).item()
         I = torch.eye(len(m), dtype=torch.float64)
@@ -208,17 +211,13 @@ def paths(self:ExactChain, n:int # number of paths
     ) -> Trajectories:
     "Draw whole paths from the exact posterior"
     if n < 1: raise ValueError(f'the number of paths must be positive, got {n}')
-    means, variances = [torch.zeros_like(self.mean)], [self.s0*torch.ones_like(self.var)]
-    for F, f, s2 in zip(self.F, self.f, self.s2):
-        means.append(F*means[-1] + f)
-        variances.append(F**2*variances[-1] + s2)
+    m, v = self.means, self.vars
     z = self.posterior().sample((n,)) @ self.V
     path = torch.empty(self.prior.steps+1, n, *self.prior.shape)
     for k in reversed(range(self.prior.steps+1)):
         path[k] = (z @ self.V.T).unflatten(1, self.prior.shape)
         if k == 0: return Trajectories(path, repeat_y(self.y, n))
-        gain = variances[k-1]*self.F[k-1]/variances[k]
-        z = means[k-1] + gain*(z - means[k]) + (variances[k-1]*self.s2[k-1]/variances[k]).sqrt()*torch.randn_like(z)
+        z = m[k-1] + v[k-1]*self.F[k-1]/v[k]*(z - m[k]) + (v[k-1]*self.s2[k-1]/v[k]).sqrt()*torch.randn_like(z)
 ExactChain.paths = paths
 
 # %% ../nbs/09_likelihood.ipynb #6a4ffcb3

@@ -544,7 +544,7 @@ def denoiser_to_deepinv(denoiser # a `Denoiser` of images in [-1, 1]
         def __init__(self): super().__init__(); self.denoiser = denoiser
         def forward(self, u, sigma, **_):
             ratio = 2*torch.as_tensor(sigma, dtype=torch.float64).flatten().cpu()
-            t = torch.tensor([time_of(denoiser.schedule, r) for r in ratio.tolist()], dtype=torch.float64).expand(len(u))
+            t = time_of(denoiser.schedule, ratio).expand(len(u))
             a, s = denoiser.schedule(t)
             far = s < .999*ratio*a
             if far.any(): raise ValueError(f"sigma {ratio.max().item()/2:g} lies beyond the denoiser's noisiest level, {(s/a)[far][0].item()/2:g}")

@@ -68,14 +68,16 @@ class Table:
         return log_snr.sigmoid().sqrt().to(t.dtype), (-log_snr).sigmoid().sqrt().to(t.dtype)
 
 # %% ../nbs/01_schedule.ipynb #a80c3767
-def time_of(schedule, ratio:float # noise-to-signal ratio sigma/alpha
-    ) -> float: # the time at which the schedule reaches it, to double precision
-    "The time at which a schedule's noise-to-signal ratio is `ratio`, by bisection"
-    lo, hi = 0., 1.
+def time_of(schedule, ratio # noise-to-signal ratios sigma/alpha, a number or a tensor
+    ) -> Tensor: # float64, shaped like `ratio`
+    "The times at which a schedule's noise-to-signal ratio is `ratio`, by bisection"
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
+    lo, hi = torch.zeros_like(ratio), torch.ones_like(ratio)
     for _ in range(60):
         mid = (lo+hi)/2
-        a, s = schedule(torch.tensor(mid, dtype=torch.float64))
-        lo, hi = (mid, hi) if s < ratio*a else (lo, mid)
+        a, s = schedule(mid)
+        low = s < ratio*a
+        lo, hi = torch.where(low, mid, lo), torch.where(low, hi, mid)
     return (lo+hi)/2
 
 # %% ../nbs/01_schedule.ipynb #82bdf87c
@@ -87,7 +89,7 @@ def levels(schedule, steps:int, # K, the number of steps
     if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be a positive whole number, got {steps!r}')
     if not 0 < last_noise < 1: raise ValueError(f'last_noise must lie in (0, 1), got {last_noise}: it is the visible noise that the chain ends with')
     if not 0 < start <= 1: raise ValueError(f'start must be a time in (0, 1], got {start}')
-    end = time_of(schedule, last_noise)
+    end = time_of(schedule, last_noise).item()
     if end >= start: raise ValueError(f'last_noise {last_noise} is reached at t = {end:.3g}, not before the start {start}')
     t = torch.linspace(start, end, steps+1, dtype=torch.float64)
     alpha, sigma = schedule(t)
