@@ -78,10 +78,11 @@ class Diffusion(nn.Module):
         steps=50, # K
         last_noise=.02, # noise of the last level, in the data's units
         start=1., # time of the first level
+        spacing=None, # the schedule in whose time the levels are evenly spaced; the denoiser's own if None
         error=None # t -> E|x0-x0_hat|^2 a pixel; `denoiser.variance` if None
         ):
         super().__init__()
-        t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start)
+        t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
         if alpha[0] < getattr(denoiser, 'min_alpha', 0):
             raise ValueError(f'{type(denoiser).__name__} cannot start at alpha = {alpha[0]:.2g}: pass start below 1, so that alpha is at least {denoiser.min_alpha}')
         table = next(denoiser.buffers(), t)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Guidance', 'end_guess', 'end_noise', 'end_shift', 'MomentMatching', 'GaussianMatching', 'CLA', 'ThroughNetwork',
-           'PiGDM', 'DPS', 'reward_gradient', 'LikelihoodGradient', 'Gate', 'guess_shift', 'see_y', 'reward_slope']
+           'PiGDM', 'DPS', 'reward_gradient', 'LikelihoodGradient', 'DampedGradient', 'Gate', 'guess_shift', 'see_y',
+           'reward_slope']
 
 # %% ../nbs/10_guidance.ipynb #47c56865
 import torch
@@ -147,6 +148,23 @@ class LikelihoodGradient(Guidance):
     def forward(self, step):
         y = self.measured(step)
         return reward_gradient(lambda x0: self.likelihood(x0).log_prob(y), step.x0_hat).clamp(-self.clip, self.clip)
+
+# %% ../nbs/10_guidance.ipynb #7d407cf3
+class DampedGradient(Guidance):
+    "Moment matching for any differentiable operator, one number standing for its J J^T"
+    linear = False
+    def __init__(self, likelihood:Likelihood, variance:float, # v, the prior's pixel variance
+        stretch=.5 # g: smaller ones trust the measurement more
+        ):
+        super().__init__(likelihood)
+        for name, v in dict(variance=variance, stretch=stretch).items():
+            if not v > 0: raise ValueError(f'{name} must be positive, got {v}')
+        self.variance, self.stretch, self.noise_var = float(variance), float(stretch), likelihood.noise_std**2
+    def forward(self, step):
+        y, v, s2 = self.measured(step), self.variance + step.end**2, end_noise(step)
+        r2 = s2*v/(s2 + step.alpha**2*v)
+        g = reward_gradient(lambda x0: self.likelihood(x0).log_prob(y), end_guess(step))
+        return end_shift(step, r2/(1 + self.stretch*r2/self.noise_var)*g)
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
 class Gate(Drift):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
            'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'psnr', 'ssim', 'LPIPS', 'diversity',
-           'sliced_wasserstein', 'frechet_distance', 'fid', 'mode_weights', 'total_variation', 'interval_coverage',
-           'assess', 'reweighted', 'draw_each', 'sbc', 'tarp', 'expected_coverage', 'uniformity', 'calibration']
+           'sliced_wasserstein', 'frechet_distance', 'train_classifier', 'fid', 'mode_weights', 'total_variation',
+           'interval_coverage', 'assess', 'reweighted', 'draw_each', 'sbc', 'tarp', 'expected_coverage', 'uniformity',
+           'calibration']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
 import math, warnings
@@ -245,6 +246,28 @@ def frechet_distance(x, y, # samples (n, ...) and (m, ...)
     if not (rx.isfinite().all() and ry.isfinite().all()): return torch.tensor(math.nan, dtype=rx.dtype)
     cross = torch.linalg.matrix_norm(rx@ry.T, 'nuc')
     return ((mx-my).square().sum() + rx.square().sum() + ry.square().sum() - 2*cross).clamp(min=0)
+
+# %% ../nbs/15_metrics.ipynb #99655097
+def train_classifier(images, labels, # (N, C, H, W) and (N,), counted from 0
+    steps=600, batch=128, width=32, seed=0) -> nn.Sequential: # `classifier[:-1]` gives the features (B, 2*width)
+    "A small convolutional classifier"
+    if len(images) != len(labels) or images.ndim != 4: raise ValueError(f'every image (N, C, H, W) needs its label, got {tuple(images.shape)} and {tuple(labels.shape)}')
+    kinds = int(labels.max())+1
+    if kinds < 2 or labels.min() < 0: raise ValueError(f'labels must count from 0 and name two kinds or more, got {int(labels.min())} to {kinds-1}')
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes = images.shape[1], width, 2*width, 2*width
+        layers = [l for a, b in zip(sizes, sizes[1:]) for l in (nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU())]
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width, kinds)).to(images.device)
+        opt = torch.optim.Adam(net.parameters(), 2e-3)
+        sched = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+        for _ in range(steps):
+            i = torch.randint(len(images), (batch,)).to(images.device)
+            opt.zero_grad()
+            F.cross_entropy(net(images[i]), labels[i]).backward()
+            opt.step()
+            sched.step()
+    return net.eval().requires_grad_(False)
 
 # %% ../nbs/15_metrics.ipynb #311a60bd
 def fid(x, y, # images (n, C, H, W) and (m, C, H, W) in [-1, 1], 1 or 3 channels; clipped and rounded to bytes

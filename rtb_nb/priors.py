@@ -111,7 +111,7 @@ def shipped_priors() -> list:
     return sorted(p.name.removesuffix('.safetensors') for p in (files('rtb_nb')/'assets').iterdir() if p.name.endswith('.safetensors'))
 
 def load_prior(name, # a shipped prior, such as 'galaxies-32', or the path of a file that `save_prior` wrote
-    steps=20, last_noise=.02, # of the chain, see `Diffusion`
+    steps=20, last_noise=.02, spacing=None, # of the chain, see `Diffusion`
     device='cpu') -> Diffusion:
     "A prior with its card in `prior.card`"
     path = Path(name)
@@ -127,7 +127,7 @@ def load_prior(name, # a shipped prior, such as 'galaxies-32', or the path of a 
     denoiser.net.load_state_dict({k: v.float() for k, v in tensors.items() if not k.startswith('error.')})
     for k in ('table_t', 'table_ratio', 'data_variance'): setattr(denoiser, k, tensors[f'error.{k}'])
     if len(card['shape']) == 3: denoiser.to(memory_format=torch.channels_last)
-    prior = Diffusion(denoiser.eval().requires_grad_(False).to(device), card['shape'], steps, last_noise)
+    prior = Diffusion(denoiser.eval().requires_grad_(False).to(device), card['shape'], steps, last_noise, spacing=spacing)
     prior.card = card
     return prior
 

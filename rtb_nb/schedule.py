@@ -83,7 +83,8 @@ def time_of(schedule, ratio # noise-to-signal ratios sigma/alpha, a number or a 
 # %% ../nbs/01_schedule.ipynb #82bdf87c
 def levels(schedule, steps:int, # K, the number of steps
     last_noise=.02, # noise of the last level, in the data's units
-    start=1. # time of the first level
+    start=1., # time of the first level
+    spacing=None # another schedule, in whose time the levels are evenly spaced; `schedule` if None
     ) -> tuple: # t, alpha, sigma: each (K+1,), noise first, float64
     "The K+1 noise levels that a chain of `steps` steps visits, evenly spaced in time"
     if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps must be a positive whole number, got {steps!r}')
@@ -92,6 +93,10 @@ def levels(schedule, steps:int, # K, the number of steps
     end = time_of(schedule, last_noise).item()
     if end >= start: raise ValueError(f'last_noise {last_noise} is reached at t = {end:.3g}, not before the start {start}')
     t = torch.linspace(start, end, steps+1, dtype=torch.float64)
+    if spacing is not None:
+        ratio = lambda schedule, t: (lambda a, s: s/a.clamp(min=1e-12))(*schedule(t))
+        ends = time_of(spacing, ratio(schedule, t[[0, -1]]))
+        t[1:] = time_of(schedule, ratio(spacing, torch.linspace(*ends.tolist(), steps+1, dtype=torch.float64)))[1:]
     alpha, sigma = schedule(t)
     alpha[-1], sigma[-1] = 1., last_noise
     return t, alpha, sigma

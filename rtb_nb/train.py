@@ -10,7 +10,6 @@ __all__ = ['path_gradient', 'image_drifts', 'vector_drifts', 'default_optimiser'
 import math, signal, threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -42,15 +41,18 @@ def path_gradient(problem:InverseProblem, posterior:Drifted, objective:RTB, tau:
 
 # %% ../nbs/14_train.ipynb #056ceb05
 def image_drifts(problem:InverseProblem, guide=None, # a guidance drift to start from; `LikelihoodGradient` with a factor of .01 if None
-    see=see_y(), # the feature through which the network sees y
+    see=None, # the feature through which the network sees y; None: y or its adjoint where the operator is linear, else `reward_slope`
     width=64, depth=3) -> list: # drifts for `Drifted`
     "A gated guide and a patch transformer that sees x, x0_hat, the guide's shift and y"
     channels, size, _ = problem.prior.shape
+    x = torch.zeros(1, *problem.prior.shape, device=problem.prior.device)
+    y = problem.operator(x)
+    if see is None: see = reward_slope(problem) if not hasattr(problem.operator, 'adjoint') else see_y(None if y.shape[2:] == x.shape[2:] else problem.operator)
     if guide is None:
         gate, features = Gate(LikelihoodGradient(problem.likelihood), value=.01, lr=3e-3), (see,)
     else: gate, features = Gate(guide), (guess_shift(guide), see)
-    y = problem.likelihood(torch.zeros(1, channels, size, size, device=problem.prior.device)).mean
-    net = PatchTransformer(size, channels*(len(features)+1) + see(SimpleNamespace(y=y)).shape[1], channels, width=width, depth=depth)
+    seen = see(Drifted(problem.prior, []).step(x, 0, y, x)).shape[1]
+    net = PatchTransformer(size, channels*(len(features)+1) + seen, channels, width=width, depth=depth)
     return [gate, NetDrift(net, *features)]
 
 # %% ../nbs/14_train.ipynb #b2af02fa

@@ -6,7 +6,7 @@ import numpy as np, papermill, pytest
 from project import experiments, name
 
 # Parameters of the smallest run of each experiment, by name; one that is not named gets budget='smoke'.
-SMALLEST = {}  # {'exp_name': dict(parameter=value)}
+SMALLEST = {'exp_priors': dict(budget='smoke', dataset='galaxies')}
 
 def smallest(notebook, out):
     "The parameters to run `notebook` with: those above that it declares, and a folder of its own for its results"
