@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['commit', 'versions', 'seed_everything', 'device_of', 'record', 'append_record', 'read_records', 'finished',
-           'run_record', 'Table', 'latest', 'table', 'project_folder']
+           'run_record', 'papermill_command', 'complaint', 'fan_out', 'Table', 'latest', 'table', 'project_folder']
 
 # %% ../nbs/17_experiment.ipynb #879a9074
-import functools, importlib.metadata, importlib.resources, json, math, numbers, os, platform, random, subprocess, time, warnings
+import functools, importlib.metadata, importlib.resources, json, math, numbers, os, platform, random, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -164,6 +165,40 @@ def run_record(path, params:dict, seed:int, fn, # called without arguments, retu
     except Exception as e:
         done({}, diverged=False, error=f'{type(e).__name__}: {e}')
         raise
+
+# %% ../nbs/17_experiment.ipynb #613000b0
+def papermill_command(notebook, parameters:dict, output) -> list: # words of a command line
+    return [sys.executable, '-m', 'papermill', str(notebook), str(output), '--no-progress-bar', '-y', json.dumps(encode(parameters, 'parameters'))]
+
+def complaint(text:str) -> str: return next((line for line in reversed(text.splitlines()) if line.strip()), 'no message')
+
+def fan_out(notebook, # path of an experiment
+    runs:list, # dicts of its parameters, one a process
+    folder, # for the executed notebooks, and slurm's logs
+    workers=1, # processes at a time on this machine
+    slurm=None # options of submitit instead, such as dict(timeout_min=60, gpus_per_node=1, slurm_partition='gpu'): a job each
+    ) -> list: # for each run None, or what went wrong
+    "Execute a notebook once for each set of parameters"
+    if not Path(notebook).is_file(): raise FileNotFoundError(f'there is no notebook {notebook}')
+    if not isinstance(workers, int) or workers < 1: raise ValueError(f'workers must be a positive whole number, got {workers!r}')
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = [papermill_command(notebook, run, folder/f'{Path(notebook).stem}-{i}.ipynb') for i, run in enumerate(runs)]
+    if slurm is None:
+        def work(command):
+            done = subprocess.run(command, capture_output=True, text=True)
+            return complaint(done.stderr) if done.returncode else None
+        with ThreadPoolExecutor(workers) as pool: return list(pool.map(work, commands))
+    try: import submitit
+    except ImportError: raise ImportError("jobs on slurm need submitit: pip install 'rtb_nb[slurm]', or leave slurm=None for this machine") from None
+    options = dict(slurm)
+    executor = submitit.AutoExecutor(folder/'slurm', cluster=options.pop('cluster', None))
+    executor.update_parameters(**options)
+    with executor.batch(): jobs = [executor.submit(submitit.helpers.CommandFunction(command)) for command in commands]
+    def outcome(job):
+        error = job.exception()
+        return error and complaint(job.stderr() or str(error))
+    return [outcome(job) for job in jobs]
 
 # %% ../nbs/17_experiment.ipynb #a6d5da31
 def number(values, spec=None) -> str: # spec: a format such as '.3f'

@@ -6,8 +6,8 @@
 __all__ = ['standard_error', 'elbo', 'eubo', 'expected_log_likelihood', 'log_mean_exp', 'effective_sample_size', 'evidence',
            'resampled_eubo', 'residual_chi2', 'posterior_mean_error', 'psnr', 'ssim', 'LPIPS', 'diversity',
            'sliced_wasserstein', 'frechet_distance', 'train_classifier', 'fid', 'mode_weights', 'total_variation',
-           'interval_coverage', 'assess', 'reweighted', 'draw_each', 'sbc', 'tarp', 'expected_coverage', 'uniformity',
-           'calibration']
+           'interval_coverage', 'judge', 'Calls', 'assess', 'reweighted', 'draw_each', 'sbc', 'tarp',
+           'expected_coverage', 'uniformity', 'calibration']
 
 # %% ../nbs/15_metrics.ipynb #c9426d52
 import math, warnings
@@ -311,20 +311,50 @@ def interval_coverage(x, # samples (n, ...)
     return (exact.cdf(high) - exact.cdf(low)).mean()
 
 # %% ../nbs/15_metrics.ipynb #ba286e32
+def judge(problem, # an `InverseProblem`
+    x, # samples (n, ...), from wherever
+    y, # of one measurement (1, ...)
+    truth=None, # (1, ...), if it is known
+    perceptual=None, # a distance (a, b) -> (B,), such as an `LPIPS`
+    chunk=64 # samples an operator call
+    ) -> dict: # floats
+    "What can be said of any samples: E log r, chi2 (of Gaussian noise), spread, and their distance to the truth"
+    if len(x) < 1: raise ValueError('judge needs at least one sample, got none')
+    x, parts = x.detach(), x.detach().split(chunk)
+    log_r = torch.cat([problem.log_reward(part, y.expand(len(part), *y.shape[1:])) for part in parts])
+    numbers = dict(e_log_r=log_r.mean(), pixel_std=x.std(0).mean() if len(x) > 1 else 0., diversity=diversity(x) if len(x) > 1 else 0.)
+    if getattr(getattr(problem, 'likelihood', None), 'std', None):
+        numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in parts]).mean()
+    if truth is not None:
+        numbers |= dict(mean_error=posterior_mean_error(x, truth), truth_log_r=problem.log_reward(truth, y).sum(), error=(x-truth).square().mean().sqrt())
+        if perceptual: numbers['lpips'] = torch.cat([perceptual(part, truth) for part in parts]).mean()
+    return {k: float(v) for k, v in numbers.items()}
+
+# %% ../nbs/15_metrics.ipynb #55156de3
+class Calls:
+    "Counts the images that go through a network while the block lasts, and those of them that are differentiated"
+    def __init__(self, net): self.net, self.images, self.gradients = net, 0, 0
+    def count(self, net, args, out):
+        self.images += len(out)
+        self.gradients += len(out)*out.requires_grad
+    def __enter__(self):
+        self.hook = self.net.register_forward_hook(self.count)
+        return self
+    def __exit__(self, *_): self.hook.remove()
+
+# %% ../nbs/15_metrics.ipynb #e24933f5
 def assess(problem, posterior, # an `InverseProblem`, and a `Drifted` to judge
     y, # one measurement (1, ...)
     n:int, # samples
     truth=None, # (1, ...), if it is known
+    perceptual=None, # as for `judge`
     chunk=64 # samples drawn at a time
     ) -> tuple: # samples (n, ...), and a dict of floats
-    "Draw posterior samples and judge them: E log r, evidence, chi2 (of Gaussian noise), error of the mean, network calls"
+    "Draw posterior samples, `judge` them, and add their evidence and the calls of the prior's own chain"
     if n < 1: raise ValueError(f'assess needs at least one sample, got n = {n}')
     parts = [problem.rollout(posterior, min(chunk, n-i), y) for i in range(0, n, chunk)]
-    x, log_r, log_w = (torch.cat([p[i] for p in parts]) for i in range(3))
-    numbers = dict(e_log_r=log_r.mean().item(), pixel_std=x.std(0).mean().item() if n > 1 else 0., calls=n*posterior.steps)
-    if getattr(getattr(problem, 'likelihood', None), 'std', None): numbers['chi2'] = torch.cat([residual_chi2(y, problem.operator(part), problem.noise_std) for part in x.split(chunk)]).mean().item()
-    if truth is not None: numbers |= dict(mean_error=posterior_mean_error(x, truth).item(), truth_log_r=problem.log_reward(truth, y).item())
-    return x, numbers | evidence(log_w)
+    x, _, log_w = (torch.cat([p[i] for p in parts]) for i in range(3))
+    return x, judge(problem, x, y, truth, perceptual, chunk) | evidence(log_w) | dict(calls=n*posterior.steps)
 
 # %% ../nbs/15_metrics.ipynb #7bca9591
 def reweighted(x, # samples (n, ...)

@@ -5,17 +5,6 @@ import numpy as np, papermill, pytest
 
 from project import experiments, name
 
-# Parameters of the smallest run of each experiment, by name; one that is not named gets budget='smoke'.
-SMALLEST = {'exp_priors': dict(budget='smoke', dataset='galaxies')}
-
-def smallest(notebook, out):
-    "The parameters to run `notebook` with: those above that it declares, and a folder of its own for its results"
-    declared = set(papermill.inspect_notebook(notebook))
-    values = SMALLEST.get(name(notebook), dict(budget='smoke'))
-    unknown = set(values) - declared
-    assert not unknown, f'{notebook.name} has no parameter {sorted(unknown)}: its parameters cell declares {sorted(declared)}, one `name = value` a line'
-    return values | ({'out': str(out)} if 'out' in declared else {}) | ({'data': str(stamps(out))} if 'data' in declared else {})
-
 def stamps(folder):
     "A small stack of round blobs in place of the galaxies, which a fresh clone does not have"
     y, x = np.mgrid[:64, :64]
@@ -24,10 +13,31 @@ def stamps(folder):
     np.savez(folder/'stamps.npz', train=blobs[:16], test=blobs[16:])
     return folder/'stamps.npz'
 
-@pytest.mark.parametrize('notebook', experiments(), ids=name)
-def test_experiment(notebook, tmp_path):
+def digits(folder):
+    "Blobs in place of digits: the wide ones are called 1"
+    y, x = np.mgrid[:28, :28]
+    width = np.random.default_rng(0).uniform(2, 6, 610)
+    blobs = (255*np.exp(-((x-14)**2 + (y-14)**2)/2/width[:, None, None]**2)).astype(np.uint8)
+    np.savez(folder/'mnist.npz', train=blobs[:64], test=blobs, train_labels=(width[:64] > 4).astype(int), test_labels=(width > 4).astype(int))
+    return folder/'mnist.npz'
+
+# The smallest runs of each experiment; one that is not named has one, budget='smoke'. A function makes the value from a folder.
+SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps), dict(dataset='mnist', data=digits)],
+            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)]}
+RUNS = [(notebook, values) for notebook in experiments() for values in SMALLEST.get(name(notebook), [{}])]
+
+def parameters(notebook, values, out):
+    "The parameters to run `notebook` with: those above, which it must declare, and a folder of its own for its results"
+    declared = set(papermill.inspect_notebook(notebook))
+    values = dict(budget='smoke') | {k: str(v(out)) if callable(v) else v for k, v in values.items()}
+    unknown = set(values) - declared
+    assert not unknown, f'{notebook.name} has no parameter {sorted(unknown)}: its parameters cell declares {sorted(declared)}, one `name = value` a line'
+    return values | ({'out': str(out)} if 'out' in declared else {})
+
+@pytest.mark.parametrize('notebook, values', RUNS, ids=[f'{name(n)}-{v.get("dataset", "smoke")}' for n, v in RUNS])
+def test_experiment(notebook, values, tmp_path):
     out, results = tmp_path/'out.ipynb', tmp_path/'results'
     results.mkdir()
-    papermill.execute_notebook(notebook, out, parameters=smallest(notebook, results), cwd=tmp_path, progress_bar=False)
+    papermill.execute_notebook(notebook, out, parameters=parameters(notebook, values, results), cwd=tmp_path, progress_bar=False)
     cells = [c for c in json.loads(out.read_text())['cells'] if c['cell_type'] == 'code']
     assert any(c['outputs'] for c in cells), f'{notebook.name} showed nothing'
