@@ -1,12 +1,14 @@
 "The core's promises, checked once for all chapters: clear refusals, reproducible runs, nothing lost"
 import math
-import pytest, torch
+import numpy as np, pytest, torch
+from rtb_nb.data import load_labels, load_mnist, to_signed
 from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, VDenoiser, gaussian_field
 from rtb_nb.diffusion import Diffusion, Drift, Drifted, Trajectories, gaussian
+from rtb_nb.experiment import fan_out
 from rtb_nb.explore import Buffer, Mixture, OnPolicy, Replay, resimulate
-from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, MomentMatching, PiGDM
-from rtb_nb.likelihood import ExactChain, ExactMixture, InverseProblem, Likelihood, Tilted
-from rtb_nb.metrics import interval_coverage, mode_weights
+from rtb_nb.guidance import CLA, DPS, DampedGradient, Gate, GaussianMatching, MomentMatching, PiGDM
+from rtb_nb.likelihood import ExactChain, ExactMixture, InverseProblem, Likelihood, PhotonNoise, Tilted
+from rtb_nb.metrics import interval_coverage, judge, mode_weights, train_classifier
 from rtb_nb.networks import NetDrift, PatchTransformer, UNet, VectorNet, load_tensors, save_tensors
 from rtb_nb.objective import RTB, ScalarLogZ, VarGrad
 from rtb_nb.operators import Matrix
@@ -30,6 +32,10 @@ def trainer(seed=0, **kw):
     buffer = Buffer(64, (2,), (1,))
     behaviour = Mixture(OnPolicy(posterior, 12, buffer), Replay(posterior, buffer, 4, d=3))
     return Trainer(problem, posterior, behaviour, RTB(ScalarLogZ(-1.)), updates=2, **kw)
+
+def unlabelled(tmp_path):
+    np.savez(tmp_path/'few.npz', train=np.zeros((2, 28, 28), np.uint8))
+    return tmp_path/'few.npz'
 
 def corrupt(tmp_path):
     path = tmp_path/'bad.safetensors'
@@ -89,6 +95,17 @@ refusals = {
     'bad checkpoint': (lambda d: trainer().load(corrupt(d)), ValueError, 'is not a safetensors file'),
     'unknown prior': (lambda _: load_prior('nebulae'), ValueError, "unknown prior 'nebulae'"),
     'missing prior file': (lambda d: load_prior(d/'p.safetensors'), FileNotFoundError, 'there is no prior file'),
+    'damped stretch': (lambda _: DampedGradient(plane().likelihood, 1., 0), ValueError, 'stretch must be positive, got 0'),
+    'damped without Gaussian noise': (lambda _: DampedGradient(Likelihood(torch.sin, noise=PhotonNoise(9.)), 1.), ValueError, 'needs Gaussian noise'),
+    'no samples': (lambda _: judge(plane(), torch.zeros(0, 2), Y), ValueError, 'at least one sample, got none'),
+    'labels': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(3)), ValueError, 'needs its label, got (4, 1, 8, 8) and (3,)'),
+    'one kind': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), ValueError, 'name two kinds or more, got 0 to 0'),
+    'stack of what': (lambda _: to_signed(np.zeros((2, 8, 8, 4))), ValueError, '(N, H, W) or (N, H, W, 3), got shape (2, 8, 8, 4)'),
+    'digits nowhere': (lambda d: load_mnist(path=d), FileNotFoundError, 'give path='),
+    'digits split': (lambda _: load_mnist('valid'), ValueError, "split is 'train' or 'test', got 'valid'"),
+    'digits without labels': (lambda d: load_labels('MNIST', path=unlabelled(d)), ValueError, "no array 'train_labels': it holds train"),
+    'fan of what': (lambda d: fan_out(d/'none.ipynb', [{}], d), FileNotFoundError, 'there is no notebook'),
+    'no workers': (lambda d: fan_out(__file__, [{}], d, workers=0), ValueError, 'workers must be a positive whole number, got 0'),
     'no data': (lambda _: train_prior(None, torch.zeros(0, 2), torch.zeros(1, 2)), ValueError, 'got 0 and 1'),
     'nan data': (lambda _: train_prior(None, torch.full((2, 2), math.nan), torch.zeros(1, 2)), ValueError, 'non-finite values'),
 }
