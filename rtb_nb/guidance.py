@@ -44,16 +44,22 @@ def end_shift(step:Step, delta:Tensor # how far to move the guess of the end (B,
 
 # %% ../nbs/10_guidance.ipynb #fb294502
 class MomentMatching(Guidance):
-    "Jacobian-free moment matching: the guess moved by the measurement, if it errs like that of white data"
-    def __init__(self, likelihood:Likelihood, variance:float # v, the prior's pixel variance
+    "Jacobian-free moment matching: the guess moved by the measurement, if it errs by white noise"
+    def __init__(self, likelihood:Likelihood,
+        variance # v, the prior's pixel variance, for a guess that errs as white data's does; or the error itself, a function of t such as `denoiser.variance`
         ):
         super().__init__(likelihood)
-        if not variance > 0: raise ValueError(f"variance must be positive, the prior's pixel variance; got {variance}")
-        self.variance = float(variance)
+        if not callable(variance) and not variance > 0: raise ValueError(f"variance must be positive, the prior's pixel variance; got {variance}")
+        self.variance = variance if callable(variance) else float(variance)
+    def error(self, step:Step) -> Tensor: # r^2 (B,) or (1,), a pixel
+        "Mean squared error of the guess of the end"
+        end, s2 = step.end**2, end_noise(step)
+        if callable(self.variance): return ((s2/step.sigma**2)**2*bcast(self.variance(step.t), step.x).to(step.x) + end*s2/step.sigma**2).flatten()
+        v = self.variance + end
+        return (s2*v/(s2 + step.alpha**2*v)).flatten()
     def shift(self, step:Step) -> Tensor: # (B, ...) in the data's units
         "How far the measurement moves the guess of the end"
-        op, v, s2 = self.likelihood.operator, self.variance + step.end**2, end_noise(step)
-        r2 = (s2*v/(s2 + step.alpha**2*v)).flatten()
+        op, r2 = self.likelihood.operator, self.error(step)
         residual = self.measured(step) - op(end_guess(step))
         return op.adjoint(op.gram_solve(residual, r2, self.likelihood.noise_std**2)) * r2.reshape(-1, *[1]*(step.x.ndim-1))
     def forward(self, step): return end_shift(step, self.shift(step))
