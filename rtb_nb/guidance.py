@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Guidance', 'end_guess', 'end_noise', 'end_shift', 'MomentMatching', 'GaussianMatching', 'CLA', 'ThroughNetwork',
-           'PiGDM', 'DPS', 'reward_gradient', 'LikelihoodGradient', 'DampedGradient', 'Gate', 'guess_shift', 'see_y',
+           'PiGDM', 'DPS', 'reward_gradient', 'LikelihoodGradient', 'ProximalMatching', 'Gate', 'guess_shift', 'see_y',
            'reward_slope']
 
 # %% ../nbs/10_guidance.ipynb #47c56865
@@ -156,21 +156,22 @@ class LikelihoodGradient(Guidance):
         return reward_gradient(lambda x0: self.likelihood(x0).log_prob(y), step.x0_hat).clamp(-self.clip, self.clip)
 
 # %% ../nbs/10_guidance.ipynb #7d407cf3
-class DampedGradient(Guidance):
-    "Moment matching for any differentiable operator, one number standing for its J J^T"
+class ProximalMatching(MomentMatching):
+    "Moment matching for any differentiable operator: the guess climbs the likelihood, held back by its own error"
     linear = False
-    def __init__(self, likelihood:Likelihood, variance:float, # v, the prior's pixel variance
-        stretch=.5 # g: smaller ones trust the measurement more
+    def __init__(self, likelihood:Likelihood, variance, # as for `MomentMatching`
+        stretch=1., # g, the operator's largest squared slope; too small a number diverges
+        sweeps=10 # gradient steps
         ):
-        super().__init__(likelihood)
-        for name, v in dict(variance=variance, stretch=stretch).items():
-            if not v > 0: raise ValueError(f'{name} must be positive, got {v}')
-        self.variance, self.stretch, self.noise_var = float(variance), float(stretch), likelihood.noise_std**2
-    def forward(self, step):
-        y, v, s2 = self.measured(step), self.variance + step.end**2, end_noise(step)
-        r2 = s2*v/(s2 + step.alpha**2*v)
-        g = reward_gradient(lambda x0: self.likelihood(x0).log_prob(y), end_guess(step))
-        return end_shift(step, r2/(1 + self.stretch*r2/self.noise_var)*g)
+        super().__init__(likelihood, variance)
+        if not stretch > 0: raise ValueError(f'stretch must be positive, got {stretch}')
+        if not isinstance(sweeps, int) or sweeps < 1: raise ValueError(f'sweeps must be a positive whole number, got {sweeps!r}')
+        self.stretch, self.sweeps, self.noise_var = float(stretch), sweeps, likelihood.noise_std**2
+    def shift(self, step):
+        y, guess, r2 = self.measured(step), end_guess(step), bcast(self.error(step), step.x)
+        x, pace = guess, 1/(1/r2 + self.stretch/self.noise_var)
+        for _ in range(self.sweeps): x = x + pace*(reward_gradient(lambda v: self.likelihood(v).log_prob(y), x) - (x - guess)/r2)
+        return x - guess
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
 class Gate(Drift):

@@ -6,7 +6,7 @@ from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, VDeno
 from rtb_nb.diffusion import Diffusion, Drift, Drifted, Trajectories, gaussian
 from rtb_nb.experiment import fan_out
 from rtb_nb.explore import Buffer, Mixture, OnPolicy, Replay, resimulate
-from rtb_nb.guidance import CLA, DPS, DampedGradient, Gate, GaussianMatching, MomentMatching, PiGDM
+from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, MomentMatching, PiGDM, ProximalMatching
 from rtb_nb.likelihood import ExactChain, ExactMixture, InverseProblem, Likelihood, PhotonNoise, Tilted
 from rtb_nb.metrics import interval_coverage, judge, mode_weights, train_classifier
 from rtb_nb.networks import NetDrift, PatchTransformer, UNet, VectorNet, load_tensors, save_tensors
@@ -95,8 +95,9 @@ refusals = {
     'bad checkpoint': (lambda d: trainer().load(corrupt(d)), ValueError, 'is not a safetensors file'),
     'unknown prior': (lambda _: load_prior('nebulae'), ValueError, "unknown prior 'nebulae'"),
     'missing prior file': (lambda d: load_prior(d/'p.safetensors'), FileNotFoundError, 'there is no prior file'),
-    'damped stretch': (lambda _: DampedGradient(plane().likelihood, 1., 0), ValueError, 'stretch must be positive, got 0'),
-    'damped without Gaussian noise': (lambda _: DampedGradient(Likelihood(torch.sin, noise=PhotonNoise(9.)), 1.), ValueError, 'needs Gaussian noise'),
+    'proximal stretch': (lambda _: ProximalMatching(plane().likelihood, 1., 0), ValueError, 'stretch must be positive, got 0'),
+    'proximal sweeps': (lambda _: ProximalMatching(plane().likelihood, 1., sweeps=0), ValueError, 'sweeps must be a positive whole number, got 0'),
+    'proximal without Gaussian noise': (lambda _: ProximalMatching(Likelihood(torch.sin, noise=PhotonNoise(9.)), 1.), ValueError, 'needs Gaussian noise'),
     'no samples': (lambda _: judge(plane(), torch.zeros(0, 2), Y), ValueError, 'at least one sample, got none'),
     'labels': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(3)), ValueError, 'needs its label, got (4, 1, 8, 8) and (3,)'),
     'one kind': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), ValueError, 'name two kinds or more, got 0 to 0'),
