@@ -3,7 +3,7 @@ import json
 
 import numpy as np, papermill, pytest
 
-from project import experiments, name
+from project import benchmarks, experiments, name
 
 def stamps(folder):
     "A small stack of round blobs in place of the galaxies, which a fresh clone does not have"
@@ -41,3 +41,7 @@ def test_experiment(notebook, values, tmp_path):
     papermill.execute_notebook(notebook, out, parameters=parameters(notebook, values, results), cwd=tmp_path, progress_bar=False)
     cells = [c for c in json.loads(out.read_text())['cells'] if c['cell_type'] == 'code']
     assert any(c['outputs'] for c in cells), f'{notebook.name} showed nothing'
+
+def test_comparison_with_peers(tmp_path):
+    for library in ('deepinv', 'azula'): pytest.importorskip(library)
+    papermill.execute_notebook(next(p for p in benchmarks() if name(p) == 'bench_peers'), tmp_path/'out.ipynb', parameters=dict(budget='smoke'), cwd=tmp_path, progress_bar=False)
