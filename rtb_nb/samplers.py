@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .diffusion import Diffusion, repeat_y
-from .guidance import reward_gradient
+from .diffusion import Diffusion, Drifted, repeat_y
+from .guidance import end_error, end_guess, reward_gradient
 from .likelihood import InverseProblem
 from .operators import check_batch
 from .schedule import time_of
@@ -298,15 +298,13 @@ def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FP
     return Samples(x[flat(chosen(F, M, keep, noise, x), M)][:n], D.calls)
 
 # %% ../nbs/11_samplers.ipynb #9600ad1e
-def look_ahead(problem, D, x, k:int, y) -> tuple: # x0_hat (B, ...), log psi (B,)
+def look_ahead(problem, plain:Drifted, D, x, k:int, y) -> tuple: # x0_hat (B, ...), log psi (B,)
     "The prior's guess, and the log-likelihood of y if the chain's end scatters around it by as much as it does on average"
-    prior, c, op = problem.prior, problem.prior.chain, problem.operator
-    level, end = Level(c.t[k].item(), c.alpha[k].item(), c.sigma[k].item()), prior.last_noise**2
-    x0, s2 = D(x, level), level.sigma**2
-    left = s2 - level.alpha**2*end
-    guess = x0 + level.alpha*end/s2*(x - level.alpha*x0)
-    r2 = (left/s2)**2*prior.denoiser.variance(c.t[k]).item() + end*left/s2
-    miss, spread = (y - op(guess)).flatten(1), 1.
+    c, op = plain.chain, problem.operator
+    x0 = D(x, Level(c.t[k].item(), c.alpha[k].item(), c.sigma[k].item()))
+    step = plain.step(x, k, y, x0)
+    r2 = end_error(step, plain.denoiser.variance).item()
+    miss, spread = (y - op(end_guess(step))).flatten(1), 1.
     if hasattr(op, 'gram_eig'):
         spread, vectors = op.gram_eig(miss.dtype)
         miss = miss @ vectors
@@ -320,14 +318,14 @@ def twisted(problem, y, n, *, particles=16, # M of each filter
     noise=torch.randn_like, progress=False) -> Samples: # log_z: one a filter
     "Twisted SMC on the prior's chain, exact as particles grow (Wu et al. 2023, Algorithm 1); any differentiable operator"
     M, prior, c, F = particles, problem.prior, problem.prior.chain, filters(n, particles, keep)
-    y, D, x = begin(problem, y, F)
+    plain, (y, D, x) = Drifted(prior, []), begin(problem, y, F)
     y, x = (v.repeat_interleave(M, 0) for v in (y, x))
     x, log_w, log_z, stay = c.sigma[0].item()*noise(x), x.new_zeros(F, M), x.new_zeros(F), torch.arange(M, device=x.device)
     before = log_w.flatten()
     for k in ticks(range(prior.steps), progress):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0, psi = look_ahead(problem, D, x, k, y)
+            x0, psi = look_ahead(problem, plain, D, x, k, y)
             g = torch.autograd.grad(psi.sum(), x)[0]
         log_w = log_w + (psi.detach() - before).reshape(F, M)
         ess = (2*log_w.logsumexp(1) - (2*log_w).logsumexp(1)).exp()
