@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
         a, s = self.schedule(t)
         return s**2*self.data_variance/(s**2 + a**2*self.data_variance)
 
-    def variance(self, t:Tensor # any shape
+    def error(self, t:Tensor # any shape
         ) -> Tensor: # E|x0 - x0_hat|^2 a pixel, shaped like `t`
         "Mean squared error of the guess a pixel, from the table that `calibrate` filled"
         if self.table_t is None: raise ValueError(f'{type(self).__name__} does not know its error yet: call calibrate(x0) with samples of the data')
@@ -55,7 +55,7 @@ def calibrate(self:Denoiser,
     times=33, # how many times to measure at
     seed=2503 # not a seed that anybody draws data with: noise from the data's own stream would be the data
 ):
-    "Measure the error of the guess on held-out data, for `variance`"
+    "Measure the error of the guess on held-out data, for `error`"
     gen = torch.Generator().manual_seed(seed)
     t = torch.linspace(0, 1, times, dtype=torch.float64)
     t[0] = 5e-3
@@ -93,7 +93,7 @@ class GaussianDenoiser(Denoiser):
         z = (x.flatten(1) - a.to(x).reshape(-1, 1)*m) @ V
         return (m + (z*self.gain(t).to(x)) @ V.T).reshape(x.shape)
 
-    def variance(self, t):
+    def error(self, t):
         a, s = self.schedule(t.double())
         return (s[..., None]**2*self.values/(a[..., None]**2*self.values + s[..., None]**2)).mean(-1).to(t.dtype)
 

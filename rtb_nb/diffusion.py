@@ -79,7 +79,7 @@ class Diffusion(nn.Module):
         last_noise=.02, # noise of the last level, in the data's units
         start=1., # time of the first level
         spacing=None, # the schedule in whose time the levels are evenly spaced; the denoiser's own if None
-        error=None # t -> E|x0-x0_hat|^2 a pixel; `denoiser.variance` if None
+        error=None # t -> E|x0-x0_hat|^2 a pixel; `denoiser.error` if None
         ):
         super().__init__()
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
@@ -87,7 +87,7 @@ class Diffusion(nn.Module):
             raise ValueError(f'{type(denoiser).__name__} cannot start at alpha = {alpha[0]:.2g}: pass start below 1, so that alpha is at least {denoiser.min_alpha}')
         table = next(denoiser.buffers(), t)
         self.denoiser, self.shape, self.last_noise = denoiser, tuple(shape), last_noise
-        self.chain = Chain(t, alpha, sigma, (error or denoiser.variance)(t[:-1].to(table.device)).double().cpu()).to(table.device)
+        self.chain = Chain(t, alpha, sigma, (error or denoiser.error)(t[:-1].to(table.device)).double().cpu()).to(table.device)
     @property
     def steps(self) -> int: return len(self.chain)
     @property

@@ -43,7 +43,7 @@ def end_shift(step:Step, delta:Tensor # how far to move the guess of the end (B,
     return step.shift(delta)*step.sigma**2/end_noise(step)
 
 # %% ../nbs/10_guidance.ipynb #fb294502
-def end_error(step:Step, variance # pixel variance of white data, or the guess's error, a function of t such as `denoiser.variance`
+def end_error(step:Step, variance # pixel variance of white data, or the guess's error, a function of t such as `denoiser.error`
     ) -> Tensor: # r^2, shaped to multiply `x`
     "Mean squared error of the guess of the end, a pixel"
     end, s2 = step.end**2, end_noise(step)
@@ -203,6 +203,6 @@ def see_y(operator=None # its adjoint brings y to the image's shape; None where 
 def reward_slope(problem:InverseProblem):
     "Feature for a `NetDrift`: asinh of how much log r changes over one standard deviation of the guess's error, in each coordinate"
     def slope(step):
-        error = bcast(problem.prior.denoiser.variance(step.t), step.x).sqrt().to(step.x)
+        error = bcast(problem.prior.denoiser.error(step.t), step.x).sqrt().to(step.x)
         return (error*reward_gradient(lambda x0: problem.log_reward(x0, step.y), step.x0_hat)).asinh()
     return slope

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['event_shape', 'check_batch', 'finite', 'LinearOperator', 'Matrix', 'adjoint_error', 'per_sample', 'SparseProduct',
            'SparseMatrix', 'Mask', 'image_shape', 'check_seed', 'box_mask', 'random_mask', 'Identity', 'Separable',
-           'small_sides', 'block_average', 'bicubic', 'mirrored', 'gaussian_blur', 'Correlation', 'Blur',
+           'small_sides', 'block_average', 'bicubic', 'mirror_index', 'gaussian_blur', 'Correlation', 'Blur',
            'motion_kernel', 'is_physics', 'Compose', 'LinearCompose', 'FourierMagnitude', 'NonlinearBlur', 'Frozen',
            'PhysicsOperator', 'as_operator', 'import_deepinv', 'to_deepinv', 'denoiser_to_deepinv']
 
@@ -328,7 +328,7 @@ def bicubic(shape, # of the image (C, H, W)
     return Separable(resize(H), resize(W), C)
 
 # %% ../nbs/07_operators.ipynb #d82d107e
-def mirrored(n:int, # pixels of a side
+def mirror_index(n:int, # pixels of a side
     before:int, after:int # pixels wanted beyond its ends
     ) -> Tensor: # (before + n + after,) indices
     "Which pixel stands at each place of a side that goes on as its mirror image"
@@ -344,7 +344,7 @@ def gaussian_blur(shape, # of the image (C, H, W)
     if not 0 < std < math.inf: raise ValueError(f'std must be positive, in pixels, got {std}')
     if not isinstance(size, int) or size < 1 or size % 2 == 0: raise ValueError(f'size must be an odd number of taps, got {size}')
     taps = torch.softmax(-(torch.arange(size, dtype=torch.float64) - size//2)**2/(2*std**2), 0)
-    smear = lambda n: F.one_hot(mirrored(n, size//2, size//2), n).double().unfold(0, size, 1) @ taps
+    smear = lambda n: F.one_hot(mirror_index(n, size//2, size//2), n).double().unfold(0, size, 1) @ taps
     return Separable(smear(H), smear(W), C)
 
 # %% ../nbs/07_operators.ipynb #08fc48a7
@@ -372,7 +372,7 @@ class Blur(LinearOperator):
         self.blocks = shape[0]
         self.register_buffer('kernel', kernel.flip(0, 1)[None, None], persistent=False)
         for name, n, k in zip(('rows', 'cols'), shape[1:], kernel.shape):
-            self.register_buffer(name, mirrored(n, k-1-(k-1)//2, (k-1)//2), persistent=False)
+            self.register_buffer(name, mirror_index(n, k-1-(k-1)//2, (k-1)//2), persistent=False)
     def linear(self, x):
         x = x.unflatten(1, (1, *self.in_shape[1:]))[..., self.rows, :][..., self.cols]
         return Correlation.apply(x, self.cast('kernel', x)).flatten(1)

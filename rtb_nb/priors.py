@@ -19,7 +19,7 @@ from . import networks
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Chain, Diffusion
 from .networks import flat_state, load_state, load_tensors, save_tensors
-from .schedule import Cosine, Table
+from .schedule import Cosine, Tabulated
 
 # %% ../nbs/06_priors.ipynb #0aa98641
 def denoising_loss(denoiser, x0:Tensor # clean images (B, ...)
@@ -132,15 +132,15 @@ def load_prior(name, # a shipped prior, such as 'galaxies-32', or the path of a 
     return prior
 
 # %% ../nbs/06_priors.ipynb #c174bb16
-def respaced(denoiser, # of a `Table` schedule
+def respaced(denoiser, # of a `Tabulated` schedule
     shape, # the event's shape
     timesteps, # entries of the table, noisiest first
     last_noise=.02, # noise of the last level, in the data's units; cleaner timesteps are left out
-    error=None # t -> E|x0-x0_hat|^2 a pixel; `denoiser.variance` if None
+    error=None # t -> E|x0-x0_hat|^2 a pixel; `denoiser.error` if None
     ) -> Diffusion:
     "A prior whose levels are chosen entries of its denoiser's table, then the image plus `last_noise`"
-    if not isinstance(denoiser.schedule, Table):
-        raise TypeError(f'respaced needs a denoiser of a Table schedule, got {type(denoiser.schedule).__name__}: use Diffusion')
+    if not isinstance(denoiser.schedule, Tabulated):
+        raise TypeError(f'respaced needs a denoiser of a Tabulated schedule, got {type(denoiser.schedule).__name__}: use Diffusion')
     i, top = torch.as_tensor(timesteps).cpu().double(), len(denoiser.schedule.log_snr)-1
     if i.ndim != 1 or not len(i): raise ValueError(f'timesteps must be a list of entries of the table, got shape {tuple(i.shape)}')
     if (i.diff() >= 0).any() or i.min() < 0 or i.max() > top:
@@ -156,7 +156,7 @@ def respaced(denoiser, # of a `Table` schedule
     prior = Diffusion(denoiser, shape, len(t), last_noise, start=t[0].item(), error=error)
     ends = (getattr(prior.chain, n)[-1:].cpu() for n in ('t', 'alpha', 'sigma'))
     levels = [torch.cat(pair) for pair in zip((t, alpha[visible], sigma[visible]), ends)]
-    prior.chain = Chain(*levels, (error or denoiser.variance)(t.to(prior.device)).double().cpu()).to(prior.device)
+    prior.chain = Chain(*levels, (error or denoiser.error)(t.to(prior.device)).double().cpu()).to(prior.device)
     return prior
 
 # %% ../nbs/06_priors.ipynb #39b20026
@@ -237,7 +237,7 @@ def pretrained_denoiser(unet, scheduler) -> Denoiser:
     if c != out:
         raise ValueError(f'the network gives {out} channels for images of {c}: models that also predict their variance cannot be priors')
     alphas_cumprod = scheduler.alphas_cumprod.double().clamp(min=1e-30) # a table of zero terminal signal ends in 0
-    denoiser = kinds[config.prediction_type](TimestepNet(unet, len(alphas_cumprod)), Table(alphas_cumprod))
+    denoiser = kinds[config.prediction_type](TimestepNet(unet, len(alphas_cumprod)), Tabulated(alphas_cumprod))
     if config.clip_sample: denoiser = Clipped(denoiser, config.clip_sample_range)
     denoiser.table_t, denoiser.table_ratio = torch.tensor([0., 1.]).double(), torch.ones(2).double()
     denoiser.data_variance = torch.tensor(1.).double()

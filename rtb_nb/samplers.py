@@ -303,7 +303,7 @@ def look_ahead(problem, plain:Drifted, D, x, k:int, y) -> tuple: # x0_hat (B, ..
     c, op = plain.chain, problem.operator
     x0 = D(x, Level(c.t[k].item(), c.alpha[k].item(), c.sigma[k].item()))
     step = plain.step(x, k, y, x0)
-    r2 = end_error(step, plain.denoiser.variance).item()
+    r2 = end_error(step, plain.denoiser.error).item()
     miss, spread = (y - op(end_guess(step))).flatten(1), 1.
     if hasattr(op, 'gram_eig'):
         spread, vectors = op.gram_eig(miss.dtype)

@@ -181,7 +181,7 @@ REFUSALS = {
         lambda net, d: respaced(from_diffusers(net, DDPMScheduler()).denoiser, (1, 16, 16), [0, 1000])),
     'no timesteps': (ValueError, 'timesteps must be a list of entries',
         lambda net, d: respaced(from_diffusers(net, DDPMScheduler()).denoiser, (1, 16, 16), [])),
-    'no table': (TypeError, 'needs a denoiser of a Table schedule, got Cosine',
+    'no table': (TypeError, 'needs a denoiser of a Tabulated schedule, got Cosine',
         lambda net, d: respaced(VDenoiser(net, Cosine()), (1, 16, 16), [1])),
 }
 

@@ -11,7 +11,7 @@ from rtb_nb.diffusion import Diffusion, Drifted
 from rtb_nb.guidance import DPS, LikelihoodGradient, MomentMatching, reward_slope
 from rtb_nb.likelihood import ExactChain, InverseProblem, Likelihood, PhotonNoise
 from rtb_nb.operators import (Blur, Compose, FourierMagnitude, Frozen, Identity, Mask, NonlinearBlur, Separable, adjoint_error, as_operator,
-    bicubic, block_average, box_mask, gaussian_blur, mirrored, motion_kernel, random_mask, to_deepinv)
+    bicubic, block_average, box_mask, gaussian_blur, mirror_index, motion_kernel, random_mask, to_deepinv)
 from rtb_nb.schedule import Cosine, Linear
 
 f64, shape = torch.float64, (3, 8, 4)
@@ -87,7 +87,7 @@ def test_gaussian_equals_scipy():
     x = torch.randn(1, 1, 32, 20, dtype=f64)
     expected = scipy.ndimage.gaussian_filter(x[0, 0].numpy(), 3., mode='mirror', radius=30)
     assert np.allclose(gaussian_blur((1, 32, 20))(x)[0, 0], expected, atol=1e-10)
-    assert mirrored(1, 2, 2).tolist() == [0]*5
+    assert mirror_index(1, 2, 2).tolist() == [0]*5
 
 
 def test_down_sampling_equals_torch():
