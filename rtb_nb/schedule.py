@@ -46,7 +46,7 @@ def widest(x, # a tensor, or what torch makes one of
     device=None # the tensor's own if None
     ) -> Tensor: # float64, or float32 on a device that has no float64
     "A tensor in the widest floating type of its device"
-    x = torch.as_tensor(x)
+    if not isinstance(x, Tensor): x = torch.as_tensor(x, dtype=torch.float64)
     device = x.device if device is None else torch.device(device)
     return x.to(device, torch.float32 if device.type == 'mps' else torch.float64)
 
