@@ -149,7 +149,8 @@ def _feed(h, v, around=()):
     "Feed a hash with a value; `around` are the values that hold it"
     if any(v is u for u in around): return h.update(b'<itself>')
     if isinstance(v, np.generic): v = v.item()
-    if isinstance(v, np.ndarray): v = torch.as_tensor(v) if v.dtype.kind in 'biufc' else v.tolist()
+    if isinstance(v, np.ndarray):
+        v = torch.as_tensor(v) if v.dtype.kind in 'biufc' else v.tolist()
     kind, said, inside = type(v).__name__, '', ()
     if isinstance(v, Tensor):
         kind, said = 'tensor', tuple(v.shape)
