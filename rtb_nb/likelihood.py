@@ -76,6 +76,7 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
     y, wanted = _as_tensor(y), self.y_shape(shape)
     if tuple(y.shape[1:]) != wanted or y.ndim == 0:
         hint = ': add a batch dimension, y[None]' if tuple(y.shape) == wanted else ''
+        if y.ndim == 0: hint = ': y comes first, then the number of samples'
         raise ValueError(f'y has shape {tuple(y.shape)}, expected (M, {", ".join(map(str, wanted))}), '
             f'one or more measurements{hint}')
     bad = int((~torch.isfinite(y)).sum())
