@@ -282,8 +282,9 @@ def off_policy(posterior:Posterior,
     if min(a, b) < 1:
         raise ValueError('off_policy needs at least one path of either kind: '
                          f'{n} paths at a share of {share} are {a} and {b}')
-    y, log_r = posterior.measurement(y), posterior.likelihood.log_prob
-    buffer = Buffer(samples, posterior.shape, y.shape[1:], len(y), ByLikelihood(), log_r,
+    problem, by = posterior.problem, ByLikelihood()
+    y = problem.measurement(y)
+    buffer = Buffer(samples, posterior.shape, y.shape[1:], len(y), by, problem.log_likelihood,
                     posterior.device)
     x0 = posterior.prior.sample(samples)
     for one in y.split(1): buffer.add(x0, one)
