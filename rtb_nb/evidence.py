@@ -142,7 +142,7 @@ def _one_measurement(problem, y) -> Tensor: # (1, ...)
     "A measurement of this problem, refused if it is several"
     y = problem.measurement(y)
     if len(y) == 1: return y
-    raise ValueError(f'samples are scored against one measurement, got {len(y)}: call it for each')
+    raise ValueError(f'samples are scored for one measurement, got {len(y)}: call it for each')
 
 def score_samples(problem, # an `InverseProblem`
     x, # samples (n, ...), from wherever
