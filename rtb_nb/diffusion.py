@@ -295,9 +295,10 @@ class Posterior(Diffusion):
     def guesser(self) -> Diffusion:
         "Whose guess its steps start from: the prior's"
         return self.prior
-    def measured(self, y, n):
-        if self.likelihood is not None: y = self.likelihood.measurement(y, self.prior)
-        return repeat_y(y, n, self.device)
+    def measurement(self, y) -> Tensor: # (M, ...)
+        "Measurements as its likelihood takes them in; as they are without a likelihood"
+        return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
+    def measured(self, y, n): return repeat_y(self.measurement(y), n, self.device)
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
         c = lambda name: self.chain.at(name, k, x)
