@@ -216,7 +216,8 @@ def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of 
     "The kernel of every step of given paths"
     if tau.steps != self.steps:
         raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: draw them from it')
-    known = tau.x0_hat if tau.guessed_by is self.guesser else [None]*self.steps
+    ours = tau.x0_hat is not None and tau.guessed_by is self.guesser
+    known = tau.x0_hat if ours else [None]*self.steps
     return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
 
 @patch
