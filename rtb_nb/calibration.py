@@ -19,7 +19,7 @@ def interval_coverage(x, # samples (n, ...), two at least
     exact, # distribution with `cdf` and batch shape (...), such as Normal(mean, std)
     level=.9 # of the intervals, in (0, 1)
     ) -> Tensor: # mean over coordinates; nan where a sample is not finite
-    "Exact probability inside the samples' central intervals: `level` on average if they are exact"
+    "Exact probability inside the samples' intervals: `level` on average if they are exact"
     level, x = check_number('level', level, '(0, 1)'), as_values(x, 0)
     n = len(x)
     if n < 2: raise ValueError(f'an interval needs two samples (n, ...) or more, got {n}')
