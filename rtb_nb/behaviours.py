@@ -28,11 +28,12 @@ def _resimulate(posterior:Posterior, tau:Trajectories,
         raise ValueError(f'these paths have {tau.steps} steps and the posterior has '
                          f'{posterior.steps}: noise their ends with the chain that walks them')
     d = _check_depth(d, posterior)
-    if d == 0: return posterior.prior.with_guesses(tau)
+    if d == 0: return posterior.with_guesses(tau)
     first = tau.steps-d
-    known = tau.x0_hat if first else tau.x[:0]
-    head = replace(tau, x=tau.x[:first+1], x0_hat=None if known is None else known[:first])
-    head = posterior.prior.with_guesses(head)
+    known = None if tau.x0_hat is None else tau.x0_hat[:first]
+    head = replace(tau, x=tau.x[:first+1], x0_hat=known)
+    none = dict(x0_hat=tau.x[:0], guessed_by=posterior.guesser)
+    head = posterior.with_guesses(head) if first else replace(head, **none)
     if times > 1:
         branch = torch.arange(len(tau), device=tau.x.device)
         head = replace(head, branch=branch)[branch.repeat_interleave(times)]
@@ -53,7 +54,7 @@ class Behaviour(nn.Module):
         self.__dict__['posterior'] = posterior
     def repeat(self, y, n=None) -> Tensor: # (M*n, ...)
         "Each measurement `n` times, as the posterior takes it"
-        return self.posterior.measurement(y).repeat_interleave(n or self.n, 0)
+        return self.posterior.problem.measurement(y).repeat_interleave(n or self.n, 0)
 
 # %% ../nbs/12_behaviours.ipynb #e97d728e
 class Anneal(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import Distribution, Independent, Normal
-from .denoise import bcast
+from .denoise import Bookkeeping, bcast, check_start
 from .schedule import check_whole, levels
 
 # %% ../nbs/03_diffusion.ipynb #9e868377
@@ -62,7 +62,7 @@ class Trajectories:
             parts[0].guessed_by if one else None)
 
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
-class Chain(nn.Module):
+class Chain(Bookkeeping):
     "A chain's numbers: levels t, alpha, sigma (K+1,), step weights c0, c1, std, a, b (K,), float64"
     def __init__(self, t, alpha, sigma, error # E|x0 - x0_hat|^2 per pixel at the first K levels
         ):
@@ -77,11 +77,6 @@ class Chain(nn.Module):
         std = (b2*sigma[1:]**2/sigma[:-1]**2 + c0**2*error).sqrt()
         numbers = dict(t=t, alpha=alpha, sigma=sigma, c0=c0, c1=c1, std=std, a=a, b=b2.sqrt())
         for n, v in numbers.items(): self.register_buffer(n, v.double())
-    def _apply(self, fn, recurse=True): # a move to another device, never a cast
-        device = fn(torch.zeros(())).device
-        dtype = torch.float32 if device.type == 'mps' else torch.float64 # mps has no float64
-        self._buffers.update({n: v.to(device, dtype) for n, v in self._buffers.items()})
-        return self
     def __len__(self): return len(self.c0)
     def at(self, name:str, k, # a step, or one per sample (B,)
         x:Tensor) -> Tensor:
@@ -101,9 +96,7 @@ class Diffusion(nn.Module):
         ):
         super().__init__()
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
-        if alpha[0] < getattr(denoiser, 'min_alpha', 0):
-            raise ValueError(f'{type(denoiser).__name__} cannot start at alpha = {alpha[0]:.2g}: '
-                f'pass start below 1, so that alpha is at least {denoiser.min_alpha}')
+        check_start(denoiser, alpha[0])
         device = next(denoiser.buffers(), t).device
         error = (error or denoiser.error)(t[:-1].to(device)).double().cpu()
         self.denoiser, self.shape, self.last_noise = denoiser, tuple(shape), last_noise
@@ -223,7 +216,8 @@ def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of 
     "The kernel of every step of given paths"
     if tau.steps != self.steps:
         raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: draw them from it')
-    known = tau.x0_hat if tau.guessed_by is self.guesser else [None]*self.steps
+    ours = tau.x0_hat is not None and tau.guessed_by is self.guesser
+    known = tau.x0_hat if ours else [None]*self.steps
     return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
 
 @patch
@@ -295,9 +289,10 @@ class Posterior(Diffusion):
     def guesser(self) -> Diffusion:
         "Whose guess its steps start from: the prior's"
         return self.prior
-    def measured(self, y, n):
-        if self.likelihood is not None: y = self.likelihood.measurement(y, self.prior)
-        return repeat_y(y, n, self.device)
+    def measurement(self, y) -> Tensor: # (M, ...)
+        "Measurements as its likelihood takes them in; as they are without a likelihood"
+        return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
+    def measured(self, y, n): return repeat_y(self.measurement(y), n, self.device)
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
         c = lambda name: self.chain.at(name, k, x)

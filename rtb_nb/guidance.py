@@ -12,7 +12,7 @@ import weakref
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .denoise import GaussianDenoiser, bcast
+from .denoise import GaussianDenoiser, bcast, safe_alpha
 from .diffusion import Drift, Step, gradients
 from .schedule import check_number, check_whole
 
@@ -169,7 +169,7 @@ class PiGDM(Guidance):
         op, r2 = likelihood.operator, white_error(step.alpha, step.sigma**2, self.variance).flatten()
         weighed = op.adjoint(op.gram_solve(y - op(step.x0_hat), r2, likelihood.noise_std**2)).detach()
         g = _guess_gradient(step, denoiser, lambda x0: (x0*weighed).sum(), 'PiGDM')
-        return g*step.sigma**2/step.alpha.clamp(min=1e-3)
+        return g*step.sigma**2/safe_alpha(step.alpha)
     def forward(self, step): return step.as_drift(self.move(step))
 
 class DPS(Guidance):

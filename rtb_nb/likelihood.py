@@ -14,18 +14,20 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import (AffineTransform, Distribution, Independent, Poisson,
     TransformedDistribution)
+from .deepinv import as_operator, noise_of
 from .diffusion import Diffusion, Posterior, Trajectories, gaussian
-from .operators import as_operator
 from .schedule import check_number
 
 # %% ../nbs/09_likelihood.ipynb #0aae3bdf
 class Likelihood(nn.Module):
     "A noisy measurement: called on `x` (B, ...) it gives the distribution of y"
     def __init__(self, operator, # callable on images (B, ...), or a deepinv Physics
-        noise_std:float=None, # of Gaussian noise, in the measurement's units
+        noise_std:float=None, # of Gaussian noise, in the measurement's units; a Physics knows its own
         noise=None # of any other kind: a function from the mean (B, ...) to the distribution of y
         ):
         super().__init__()
+        self.operator, self.noise = as_operator(operator), noise
+        if noise is None and noise_std is None: noise_std = noise_of(self.operator)
         if noise is None:
             noise_std = check_number('noise_std', noise_std, '(0, inf)',
                 'it is in units of the measurement')
@@ -35,7 +37,7 @@ class Likelihood(nn.Module):
         elif not callable(noise):
             raise TypeError('noise must be a function from the mean to a distribution, '
                 f'got {type(noise).__name__}')
-        self.operator, self.std, self.noise = as_operator(operator), noise_std, noise
+        self.std = noise_std
     @property
     def noise_std(self) -> float:
         "Of Gaussian noise, in the measurement's units; an error for any other"
@@ -74,6 +76,7 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
     y, wanted = _as_tensor(y), self.y_shape(shape)
     if tuple(y.shape[1:]) != wanted or y.ndim == 0:
         hint = ': add a batch dimension, y[None]' if tuple(y.shape) == wanted else ''
+        if y.ndim == 0: hint = ': y comes first, then the number of samples'
         raise ValueError(f'y has shape {tuple(y.shape)}, expected (M, {", ".join(map(str, wanted))}), '
             f'one or more measurements{hint}')
     bad = int((~torch.isfinite(y)).sum())
