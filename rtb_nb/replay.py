@@ -29,6 +29,10 @@ def _flat_rows(y) -> Tensor: # (B, m+1)
     "Measurements as rows that are never empty, not even for a tilted prior's"
     return nn.functional.pad(y.flatten(1), (0, 1))
 
+def _alike(x, like:Tensor) -> Tensor:
+    "Numbers of any kind in the precision and place of `like`"
+    return (x if isinstance(x, Tensor) else torch.as_tensor(x)).to(like)
+
 # %% ../nbs/12a_replay.ipynb #3986b5f3
 class Buffer(nn.Module):
     "The last `capacity` end points of each of the last `measurements` measurements"
@@ -55,7 +59,7 @@ class Buffer(nn.Module):
     def __len__(self): return int(self.seen.clamp(max=self.capacity).sum())
     def rows(self, y) -> Tensor: # (B, ...)
         "Measurements as the buffer keeps them, refused where they are of another shape"
-        y, shape = torch.as_tensor(y).to(self.y), tuple(self.y.shape[1:])
+        y, shape = _alike(y, self.y), tuple(self.y.shape[1:])
         if y.ndim and tuple(y.shape[1:]) == shape: return y
         raise ValueError('this buffer holds measurements (B, ...) of shape '
                          f'{shape} each, got {tuple(y.shape)}')
@@ -130,7 +134,7 @@ def add(self:Buffer, x0:Tensor, y:Tensor, # (B, ...) each, or one y for all
     log_r:Tensor=None # (B,); only where the buffer cannot ask for it is it needed
     ):
     "Remember finite end points, over the oldest ones of their measurement"
-    x0, y = torch.as_tensor(x0).to(self.x0), self.rows(y)
+    x0, y = _alike(x0, self.x0), self.rows(y)
     mine, other = tuple(self.x0.shape[2:]), tuple(x0.shape[1:])
     if mine != other: raise ValueError(f'this buffer holds points of shape {mine}, got {other}')
     if len(y) not in (1, len(x0)):
@@ -138,8 +142,7 @@ def add(self:Buffer, x0:Tensor, y:Tensor, # (B, ...) each, or one y for all
     if bad := int((~torch.isfinite(y)).sum()):
         raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
     y = y.expand(len(x0), *y.shape[1:])
-    if log_r is None: log_r = self._likelihood_of(x0, y)
-    log_r = torch.as_tensor(log_r).to(self.log_r)
+    log_r = _alike(self._likelihood_of(x0, y) if log_r is None else log_r, self.log_r)
     if log_r.shape != (len(x0),):
         raise ValueError(f'log_r must be ({len(x0)},), one per point, got {tuple(log_r.shape)}')
     ok = torch.isfinite(x0).flatten(1).all(1) & torch.isfinite(log_r)
