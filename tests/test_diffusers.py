@@ -7,18 +7,12 @@ from diffusers import (DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscrete
     PNDMScheduler, UNet2DModel)
 from diffusers.schedulers import scheduling_ddpm
 from rtb_nb.denoise import VDenoiser
-<<<<<<< HEAD
-from rtb_nb.diffusion import Diffusion, Drifted
-from rtb_nb.posterior import Drift
-from rtb_nb.priors import from_diffusers, pretrained_denoiser, respaced
-=======
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.posterior import Drift, Posterior
 from rtb_nb.guidance import DPS, PiGDM
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.operators import Mask
 from rtb_nb.pretrained import Clipped, from_diffusers, pretrained_denoiser, respaced
->>>>>>> h2
 from rtb_nb.schedule import Cosine
 
 def network(**config):
