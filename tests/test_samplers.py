@@ -283,7 +283,7 @@ def test_a_posterior_is_no_prior_for_a_sampler(name):
 def test_what_needs_no_operator_samples_a_tilted_prior(f):
     tilted = Tilted(prior, lambda x: -(x.flatten(1) - 1.).square().sum(1)/2/.2**2)
     torch.manual_seed(0)
-    x = f(tilted, tilted.no_measurement, 200, steps=60).x
+    x = f(tilted, tilted.no_measurement, 50, steps=40).x
     assert x.isfinite().all() and x.mean() > mean.mean() + .3
 
 
