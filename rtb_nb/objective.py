@@ -9,57 +9,74 @@ __all__ = ['groups', 'VarGrad', 'ScalarLogZ', 'NetLogZ', 'Huber', 'Clamp', 'RTB'
 import math
 import torch
 from torch import nn, Tensor
-from .diffusion import Drifted
+from .posterior import Posterior
+from .schedule import check_number, check_whole
 
 # %% ../nbs/13_objective.ipynb #886aed1b
-def groups(y, n:int, branch=None # labels (n,): paths that fork from one point; -1 for the others
+def groups(y, n:int,
+    branch=None # labels (n,): paths that fork from one point; -1 for the others
     ) -> Tensor: # (n,) number of the group that each path belongs to
     "Which of `n` paths share a measurement, and a branch"
-    same = y is None or bool((y == y[:1]).all())
-    g = torch.zeros(n, dtype=torch.long, device=None if y is None else y.device) if same else torch.unique(y.flatten(1), dim=0, return_inverse=True)[1]
-    return g if branch is None else torch.unique(torch.stack([g, branch.to(g)], 1), dim=0, return_inverse=True)[1]
+    if y is None or bool((y == y[:1]).all()):
+        g = torch.zeros(n, dtype=torch.long, device=None if y is None else y.device)
+    else: g = torch.unique(y.flatten(1), dim=0, return_inverse=True)[1]
+    if branch is None: return g
+    return torch.unique(torch.stack([g, branch.to(g)], 1), dim=0, return_inverse=True)[1]
 
 # %% ../nbs/13_objective.ipynb #dacc4f83
 class VarGrad(nn.Module):
-    "log Z(y) as the mean log-weight over the batch's paths of y, and of one branch (Richter et al. 2020)"
+    "log Z(y) as the mean log-weight over paths of one y and branch (Richter et al. 2020)"
     def forward(self, log_w:Tensor, y, branch=None) -> Tensor: # (B,)
         g, log_w = groups(y, len(log_w), branch), log_w.detach()
-        count = torch.zeros(int(g.max())+1, dtype=log_w.dtype, device=log_w.device).index_add_(0, g, torch.ones_like(log_w))
-        if (count < 2).any(): raise ValueError(f'VarGrad needs at least two paths of each measurement and branch, better eight; one has {int(count.min())}')
-        return (torch.zeros_like(count).index_add_(0, g, log_w)/count)[g]
+        empty = log_w.new_zeros(int(g.max())+1)
+        count = empty.index_add(0, g, torch.ones_like(log_w))
+        if (count < 2).any():
+            raise ValueError('VarGrad needs at least two paths of each measurement and branch, '
+                f'better eight; one has {int(count.min())}')
+        return (empty.index_add(0, g, log_w)/count)[g]
 
 # %% ../nbs/13_objective.ipynb #bf04edc0
 class ScalarLogZ(nn.Module):
     "log Z as one learned number, for one measurement; give it a learning rate of its own"
     lr = 1e-1
-    def __init__(self, value:float): super().__init__(); self.value = nn.Parameter(torch.tensor(float(value)))
-    def forward(self, log_w, y, branch=None): return self.value.expand(len(log_w))
+    def __init__(self, value:float # where it starts, in nats
+        ):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(check_number('value', value, '(-inf, inf)')))
+    def forward(self, log_w, y, branch=None) -> Tensor: # (B,)
+        return self.value.expand(len(log_w))
     @classmethod
-    def of(cls, problem, posterior:Drifted, # whose paths to start from, `Drifted(prior, [])` for the prior's
+    def of(cls, posterior:Posterior, # whose paths to start from, of `problem.posterior([])`
         y, n=16) -> 'ScalarLogZ':
         "Start at the mean log-weight of `n` paths"
-        log_w = problem.rollout(posterior, n, y)[2]
+        log_w = posterior.draw(y, n)[2]
         log_w = log_w[log_w.isfinite()]
-        if not len(log_w): raise ValueError(f'none of {n} paths has a finite log-weight to start log Z from: start the posterior nearer to the measurement')
+        if not len(log_w):
+            raise ValueError(f'none of {n} paths has a finite log-weight to start log Z from: '
+                'start the posterior nearer to the measurement')
         return cls(log_w.mean().item())
 
 class NetLogZ(nn.Module):
     "log Z(y) as a network of the measurement, for many of them"
     lr = 1e-2
     def __init__(self, net # y (B, ...) -> (B,)
-        ): super().__init__(); self.net = net
-    def forward(self, log_w, y, branch=None):
+        ):
+        super().__init__()
+        self.net = net
+    def forward(self, log_w, y, branch=None) -> Tensor: # (B,)
         z = self.net(y)
-        if z.shape != log_w.shape: raise ValueError(f'a network for log Z must answer one number a measurement {tuple(log_w.shape)}, got {tuple(z.shape)}')
+        if z.shape != log_w.shape:
+            raise ValueError('a network for log Z must answer one number per measurement '
+                f'{tuple(log_w.shape)}, got {tuple(z.shape)}')
         return z
 
 # %% ../nbs/13_objective.ipynb #9c92a5de
 class Huber:
     "Gradient never above `bound` nats"
-    def __init__(self, bound:float):
-        if not bound > 0: raise ValueError(f'bound must be positive, in nats, got {bound}')
-        self.bound = bound
-    def __call__(self, size): return torch.where(size < self.bound, size**2/2, self.bound*(size - self.bound/2))
+    def __init__(self, bound:float # in nats
+        ): self.bound = check_number('bound', bound, hint='it is in nats')
+    def __call__(self, size):
+        return torch.where(size < self.bound, size**2/2, self.bound*(size - self.bound/2))
 
 class Clamp(Huber):
     "No gradient from residuals beyond `bound` nats"
@@ -67,17 +84,20 @@ class Clamp(Huber):
 
 # %% ../nbs/13_objective.ipynb #44cad7ef
 class RTB(nn.Module):
-    "Relative trajectory balance: loss(log_w, y), half the squared residual, bounded in its gradient"
+    "Relative trajectory balance: half the squared residual, bounded in its gradient"
     def __init__(self, log_z=None, # `VarGrad()` if None, or `ScalarLogZ(value)`, `NetLogZ(net)`
         dead_zone=0., # residuals smaller than this teach nothing, in nats
         bound=50. # `Huber(b)`, `Clamp(b)`, a number for Huber's, or None for no bound
         ):
         super().__init__()
-        if dead_zone < 0: raise ValueError(f'dead_zone must not be negative, got {dead_zone}')
-        self.bound = Huber(bound) if isinstance(bound, (int, float)) else bound
-        if bound is not None and not self.bound.bound > dead_zone: raise ValueError(f'bound must exceed the dead zone {dead_zone}, got {self.bound.bound}')
-        self.log_z, self.dead_zone = VarGrad() if log_z is None else log_z, dead_zone
+        self.dead_zone = check_number('dead_zone', dead_zone, '[0, inf)', 'it is in nats')
+        self.bound = bound if bound is None or callable(bound) else Huber(bound)
+        if bound is not None and not self.bound.bound > self.dead_zone:
+            raise ValueError(f'bound must exceed the dead zone {dead_zone}, '
+                f'got {self.bound.bound}')
+        self.log_z = VarGrad() if log_z is None else log_z
     def residual(self, log_w, y=None, branch=None) -> Tensor: # (B,)
+        "log Z - log w of each path, in nats"
         return self.log_z(log_w, y, branch) - log_w
     def loss(self, delta) -> Tensor: # (B,)
         "Loss of each residual"
@@ -95,9 +115,11 @@ class Ramp(nn.Module):
     "beta grows from `start` to 1, geometrically, over that many iterations"
     def __init__(self, iterations:int, start=.01):
         super().__init__()
-        if iterations < 1 or not 0 < start <= 1: raise ValueError(f'a ramp needs at least one iteration and a start in (0, 1], got {iterations} and {start}')
-        self.iterations, self.start = iterations, start
-    def forward(self, step:int, log_r, y=None) -> float: return self.start**max(0., 1 - step/self.iterations)
+        hint = 'a ramp needs at least one'
+        self.iterations = check_whole('iterations', iterations, hint=hint)
+        self.start = check_number('start', start, '(0, 1]')
+    def forward(self, step:int, log_r, y=None) -> float:
+        return self.start**max(0., 1 - step/self.iterations)
 
 # %% ../nbs/13_objective.ipynb #f53237d4
 def next_beta(log_r:Tensor, # untempered (B,), not all equal
@@ -107,11 +129,11 @@ def next_beta(log_r:Tensor, # untempered (B,), not all equal
     ok = log_r.isfinite()
     g, log_r = groups(None if y is None else y[ok], int(ok.sum()), None), log_r[ok].double()
     if not len(log_r): return beta
-    trial = beta + (1-beta)*torch.logspace(-6, 0, points, dtype=torch.float64, device=log_r.device) # (P,)
-    M = int(g.max())+1
-    top = torch.full((M,), -math.inf, dtype=torch.float64, device=log_r.device).scatter_reduce(0, g, log_r, 'amax')
+    share = torch.logspace(-6, 0, points, dtype=torch.float64, device=log_r.device)
+    trial, M = beta + (1-beta)*share, int(g.max())+1 # (P,)
+    top = log_r.new_full((M,), -math.inf).scatter_reduce(0, g, log_r, 'amax')
     w = ((trial[:, None]-beta)*(log_r-top[g])).exp() # (P, B)
-    total, square = (torch.zeros(points, M, dtype=torch.float64, device=w.device).index_add(1, g, v) for v in (w, w**2))
+    total, square = (w.new_zeros(points, M).index_add(1, g, v) for v in (w, w**2))
     share = (total**2/square).sum(1)/len(log_r)
     good = (share >= fraction).nonzero()
     return trial[good.max()].item() if len(good) else beta
@@ -120,9 +142,11 @@ class Adaptive(nn.Module):
     "beta grows as fast as the effective sample size allows, every `every` iterations"
     def __init__(self, fraction=.5, start=1e-4, every=1):
         super().__init__()
-        if not 0 < fraction < 1 or not 0 < start <= 1 or every < 1: raise ValueError(f'fraction must lie in (0, 1), start in (0, 1] and every be at least 1, got {fraction}, {start} and {every}')
-        self.fraction, self.every = fraction, every
-        self.register_buffer('beta', torch.tensor(float(start), dtype=torch.float64))
-    def forward(self, step, log_r, y=None):
-        if step % self.every == 0: self.beta.fill_(next_beta(log_r, self.beta.item(), self.fraction, y))
+        self.fraction = check_number('fraction', fraction, '(0, 1)')
+        self.every = check_whole('every', every)
+        start = check_number('start', start, '(0, 1]')
+        self.register_buffer('beta', torch.tensor(start, dtype=torch.float64))
+    def forward(self, step, log_r, y=None) -> float:
+        if step % self.every == 0:
+            self.beta.fill_(next_beta(log_r, self.beta.item(), self.fraction, y))
         return self.beta.item()
