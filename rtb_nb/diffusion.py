@@ -30,7 +30,7 @@ class Trajectories:
     x:Tensor # (K+1, B, ...)
     y:Tensor=None # measurement of each path (B, ...)
     x0_hat:Tensor=None # the guess before each step (K, B, ...), if known
-    branch:Tensor=None # (B,) whole numbers: paths of one branch share their first steps; -1: none
+    branch:Tensor=None # (B,) whole numbers: paths of one branch share first steps; -1: none
     guessed_by:nn.Module=field(default=None, repr=False) # the `Diffusion` that guessed
     @property
     def x0(self) -> Tensor: "The data end, (B, ...)"; return self.x[-1]
@@ -42,18 +42,21 @@ class Trajectories:
     def __getitem__(self, i) -> 'Trajectories': # `i` indexes the batch with a slice or tensor
         pick = lambda v: None if v is None else v[i]
         x0_hat = None if self.x0_hat is None else self.x0_hat[:, i]
-        return Trajectories(self.x[:, i], pick(self.y), x0_hat, pick(self.branch), self.guessed_by)
+        y, branch = pick(self.y), pick(self.branch)
+        return Trajectories(self.x[:, i], y, x0_hat, branch, self.guessed_by)
     def to(self, device) -> 'Trajectories':
         "The same paths on another device"
+        move = lambda v: None if v is None else v.to(device)
         parts = (self.x, self.y, self.x0_hat, self.branch)
-        return Trajectories(*(None if v is None else v.to(device) for v in parts), self.guessed_by)
+        return Trajectories(*map(move, parts), self.guessed_by)
     @staticmethod
     def cat(parts:list) -> 'Trajectories':
         "One batch of several; guesses survive where all have one's, and branches stay apart"
         both = lambda ts, dim: None if any(t is None for t in ts) else torch.cat(ts, dim)
         none = lambda p: p.x.new_full((len(p),), -1, dtype=torch.long)
         apart = lambda i, b: torch.where(b < 0, -1, b*len(parts) + i)
-        labels = [none(p) if p.branch is None else apart(i, p.branch) for i, p in enumerate(parts)]
+        label = lambda i, p: none(p) if p.branch is None else apart(i, p.branch)
+        labels = [label(i, p) for i, p in enumerate(parts)]
         branch = None if all(p.branch is None for p in parts) else torch.cat(labels)
         one = all(p.guessed_by is parts[0].guessed_by for p in parts)
         return Trajectories(
@@ -63,7 +66,7 @@ class Trajectories:
 
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(Bookkeeping):
-    "A chain's numbers: levels t, alpha, sigma (K+1,), step weights c0, c1, std, a, b (K,), float64"
+    "A chain's numbers, float64: levels t, alpha, sigma (K+1,); steps c0, c1, std, a, b (K,)"
     def __init__(self, t, alpha, sigma, error # E|x0 - x0_hat|^2 per pixel at the first K levels
         ):
         super().__init__()
@@ -71,8 +74,8 @@ class Chain(Bookkeeping):
         b2 = sigma[:-1]**2 - a**2*sigma[1:]**2
         if (b2 <= 0).any():
             raise ValueError('noise must grow backwards along the chain: step '
-                f'{int((b2 <= 0).nonzero()[0])} would need negative variance; use fewer steps or a '
-                'larger last_noise')
+                f'{int((b2 <= 0).nonzero()[0])} would need negative variance; '
+                'use fewer steps or a larger last_noise')
         c0, c1 = alpha[1:]*b2/sigma[:-1]**2, a*sigma[1:]**2/sigma[:-1]**2
         std = (b2*sigma[1:]**2/sigma[:-1]**2 + c0**2*error).sqrt()
         numbers = dict(t=t, alpha=alpha, sigma=sigma, c0=c0, c1=c1, std=std, a=a, b=b2.sqrt())
@@ -85,13 +88,13 @@ class Chain(Bookkeeping):
 
 # %% ../nbs/03_diffusion.ipynb #eddf5f06
 class Diffusion(nn.Module):
-    "A diffusion prior: `steps` Gaussian steps from noise to data plus visible noise `last_noise`"
+    "A prior: `steps` Gaussian steps from noise to data plus visible noise `last_noise`"
     def __init__(self, denoiser, # E[x0 given x_t], a `Denoiser`
         shape, # the event's shape, such as (1, 32, 32) or (2,)
         steps=50, # K
         last_noise=.02, # noise of the last level, in the data's units
         start=1., # time of the first level
-        spacing=None, # the schedule in whose time levels are evenly spaced; None: the denoiser's
+        spacing=None, # the schedule in whose time levels are even; None: the denoiser's
         error=None # t -> E|x0-x0_hat|^2 per pixel; `denoiser.error` if None
         ):
         super().__init__()
@@ -109,7 +112,8 @@ class Diffusion(nn.Module):
     def dtype(self) -> torch.dtype:
         "The precision of paths: the parameters', but never less than single"
         found = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        return torch.get_default_dtype() if found is None else torch.promote_types(found, torch.float32)
+        if found is None: return torch.get_default_dtype()
+        return torch.promote_types(found, torch.float32)
     @property
     def guesser(self) -> 'Diffusion':
         "Whose guess its steps start from: its own"
@@ -146,11 +150,12 @@ def repeat_y(y, n:int, # number of paths
     if y is None: return None
     y = torch.as_tensor(y, device=device)
     bad = int((~torch.isfinite(y)).sum())
-    if bad: raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
+    if bad:
+        raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
     if y.ndim and y.shape[0] == n: return y
     if y.ndim and y.shape[0] == 1: return y.expand(n, *y.shape[1:])
-    raise ValueError(f'y must hold one measurement, or one for each of the {n} paths, along its first '
-        f'dimension; got shape {tuple(y.shape)}')
+    raise ValueError(f'y must hold one measurement, or one for each of the {n} paths, '
+        f'along its first dimension; got shape {tuple(y.shape)}')
 
 # %% ../nbs/03_diffusion.ipynb #84f6ed5e
 @patch
@@ -205,7 +210,8 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
     y=None) -> Trajectories: # one measurement, or one per path
     "Whole paths that end in `x0`, noised backwards step by step"
     if tuple(x0.shape[1:]) != self.shape:
-        raise ValueError(f'this prior is over events of shape {self.shape}, got {tuple(x0.shape[1:])}')
+        raise ValueError(f'this prior is over events of shape {self.shape}, '
+            f'got {tuple(x0.shape[1:])}')
     path = x0.new_empty(self.steps+1, *x0.shape)
     path[-1] = x0
     for k in reversed(range(self.steps)): path[k] = self.noise(path[k+1], k).sample()
@@ -215,8 +221,10 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
 def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of x[k+1]
     "The kernel of every step of given paths"
     if tau.steps != self.steps:
-        raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: draw them from it')
-    known = tau.x0_hat if tau.guessed_by is self.guesser else [None]*self.steps
+        raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: '
+            'draw them from it')
+    ours = tau.x0_hat is not None and tau.guessed_by is self.guesser
+    known = tau.x0_hat if ours else [None]*self.steps
     return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
 
 @patch
@@ -253,7 +261,7 @@ class Step:
     end:float # noise of the chain's last level, in the data's units
     y:Tensor=None # measurement of each sample (B, ...)
     likelihood:nn.Module=field(default=None, repr=False) # how y was measured
-    denoiser:nn.Module=field(default=None, repr=False) # what guessed; None for a posterior's guess
+    denoiser:nn.Module=field(default=None, repr=False) # what guessed; a posterior's has none
     known:dict=field(default_factory=dict, repr=False) # drifts already computed
     def of(self, drift) -> Tensor:
         "The drift `drift` at this step, computed once"
@@ -294,9 +302,10 @@ class Posterior(Diffusion):
     def measured(self, y, n): return repeat_y(self.measurement(y), n, self.device)
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
-        c = lambda name: self.chain.at(name, k, x)
-        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), c('alpha'), c('sigma'), c('c0'), c('std'),
-            self.mean(x, k, x0_hat), k, self.last_noise, y, self.likelihood, self.prior.denoiser)
+        level = {n: self.chain.at(n, k, x) for n in ('alpha', 'sigma', 'c0', 'std')}
+        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), **level,
+            mean=self.mean(x, k, x0_hat), k=k, end=self.last_noise, y=y,
+            likelihood=self.likelihood, denoiser=self.prior.denoiser)
     def drift(self, x, k, y=None, x0_hat=None) -> Tensor:
         "The sum of the drifts, (B, ...)"
         step = self.step(x, k, y, self.prior.denoise(x, k) if x0_hat is None else x0_hat)
@@ -349,7 +358,7 @@ def step_log_ratio(self:Posterior, tau:Trajectories, ks # the steps to score (S,
 @patch
 def log_ratio(self:Posterior, tau:Trajectories, chunk=256 # most images per drift call
     ) -> Tensor: # (B,) in nats
-    "log q(tau) - log p(tau) of whole paths; the drifts' gradients flow through, the prior's never"
+    "log q(tau) - log p(tau) of whole paths; gradients flow through the drifts alone"
     if tau.steps != self.steps:
         raise ValueError(f'these paths have {tau.steps} steps, the posterior {self.steps}: '
             'draw them from its own chain')

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .guidance import reward_gradient
+from .guidance import log_gradient
 from .particles import observe
 from .samplers import (CLEAN, Samples, at_ratios, bridge, ladder, levels_at, max_ratio,
     offset_of, prepare, require_linear, sampler, ticks)
@@ -24,7 +24,7 @@ def langevin(steps=100, lr=1e-4 # of the first level; falls to a hundredth
     def draw(problem, y, x0_hat, std, done, noise):
         x, h = x0_hat, lr*(1 - .99*done)
         for _ in range(steps):
-            uphill = reward_gradient(lambda v: problem.log_reward(v, y), x)
+            uphill = log_gradient(lambda v: problem.likelihood.log_prob(v, y), x)
             x = x + h*((x0_hat - x)/std**2 + uphill) + math.sqrt(2*h)*noise(x)
         return x
     return draw
@@ -116,7 +116,8 @@ def mgdm(problem, y, n, *,
             def loss(m, log_s):
                 v = m + log_s.exp()*noise(m)
                 kept = ((v - mean)**2).sum()/(2*std**2)
-                return kept - problem.log_reward(D(v, tau), y).sum() - log_s.sum()
+                log_r = problem.likelihood.log_prob(D(v, tau), y)
+                return kept - log_r.sum() - log_s.sum()
             with torch.enable_grad(): m, s = fit(loss, mean, std, tau, i/total)
             x0 = x_tau = m + s*noise(m)
             path = prior_path(tau)

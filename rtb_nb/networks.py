@@ -7,6 +7,7 @@ __all__ = ['TimeEmbedding', 'zero_', 'Block', 'PatchTransformer', 'ResBlock', 'U
 
 # %% ../nbs/04_networks.ipynb #108b3139
 import math
+from contextlib import nullcontext
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -196,12 +197,19 @@ class UNet(nn.Module):
         return self.head(h).to(x.dtype)
 
 # %% ../nbs/04_networks.ipynb #2b3b5447
+def _mixed(device, dtype=torch.bfloat16):
+    "Mixed precision while the block lasts, where `dtype` is half and the device has it"
+    kind = torch.device(device).type
+    if dtype == torch.float32 or not torch.amp.is_autocast_available(kind): return nullcontext()
+    return torch.autocast(kind, dtype)
+
 class _InBfloat16(nn.Module):
+    "A network that runs in mixed precision"
     def __init__(self, net):
         super().__init__()
         self.net = net
     def forward(self, x, t):
-        with torch.autocast(x.device.type, torch.bfloat16): answer = self.net(x, t)
+        with _mixed(x.device): answer = self.net(x, t)
         return answer.to(x.dtype)
 
 def in_bfloat16(net:nn.Module # called as net(x, t)

@@ -9,8 +9,7 @@ __all__ = ['Tangent', 'fps', 'twisted']
 import math
 import torch
 from torch import Tensor
-from .diffusion import Drifted
-from .guidance import end_error, end_guess
+from .diffusion import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
 from .schedule import check_number, check_whole
 
@@ -122,13 +121,13 @@ def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FP
     return Samples(x[rows_of(chosen(F, M, keep, noise, x), M)][:n])
 
 # %% ../nbs/11a_particles.ipynb #b3896a32
-def look_ahead(problem, plain:Drifted, D, x, k:int, y) -> tuple: # x0_hat (B, ...), log psi (B,)
-    "The prior's guess, and log p(y) if the chain's end scatters around it as it does on average"
+def look_ahead(problem, plain:Posterior, D, x, k:int, y) -> tuple: # x0_hat (B, ...), log psi (B,)
+    "The prior's guess, and log p(y) if the chain's end is as far from it as on average"
     c, op = plain.chain, problem.operator
     x0 = D(x, Level(c.t[k].item(), c.alpha[k].item(), c.sigma[k].item()))
     step = plain.step(x, k, y, x0)
-    r2 = end_error(step, plain.denoiser.error).item()
-    miss, spread = (y - op(end_guess(step))).flatten(1), 1.
+    r2 = step.error_of_end().item()
+    miss, spread = (y - op(step.guess_of_end())).flatten(1), 1.
     if hasattr(op, 'gram_eig'):
         spread, vectors = op.gram_eig(miss.dtype)
         miss = miss @ vectors
@@ -142,7 +141,9 @@ def twisted(problem, y, n, *, particles=16, # M of each filter
     noise=torch.randn_like, progress=False) -> Samples: # log_z: one per filter
     "Twisted SMC on the prior's chain, exact as particles grow (Wu et al. 2023, Algorithm 1)"
     prior, c, (F, M) = problem.prior, problem.prior.chain, filters(n, particles, keep)
-    plain, (y, D, x) = Drifted(prior, []), prepare(problem, y, F)
+    plain, (y, D, x) = Posterior(prior, []), prepare(problem, y, F)
+    if problem.operator is None: raise ValueError('twisted looks ahead through an operator, '
+        'and a tilted prior has none: use daps, mgdm or dps with scale=None')
     y, x = (v.repeat_interleave(M, 0) for v in (y, x))
     x, log_w, log_z = c.sigma[0].item()*noise(x), x.new_zeros(F, M), x.new_zeros(F)
     before, stay = log_w.flatten(), torch.arange(M, device=x.device)
@@ -162,7 +163,7 @@ def twisted(problem, y, n, *, particles=16, # M of each filter
         u = std*g
         x = prior.mean(x, k, x0) + std*(u + z)
         log_w = log_w - (u*(z + u/2)).flatten(1).sum(1).reshape(F, M)
-    log_w = log_w + (problem.log_reward(x, y) - before).reshape(F, M)
+    log_w = log_w + (problem.likelihood.log_prob(x, y) - before).reshape(F, M)
     x = x[rows_of(resampled(log_w, noise), M)]
     log_z = log_z + log_w.logsumexp(1) - math.log(M)
     return Samples(x[rows_of(chosen(F, M, keep, noise, x), M)][:n], log_z=log_z)

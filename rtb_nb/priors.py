@@ -16,7 +16,7 @@ from .checkpoints import check_fingerprint, fingerprint, flat_state, load_state
 from .checkpoints import load_tensors, save_tensors
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Diffusion, gradients
-from .networks import PatchTransformer, UNet, VectorNet, in_bfloat16
+from .networks import PatchTransformer, UNet, VectorNet, _mixed, in_bfloat16
 from .schedule import VE, Bridge, Cosine, Linear, Tabulated, check_number, check_whole
 
 # %% ../nbs/06_priors.ipynb #0aa98641
@@ -128,8 +128,7 @@ def train_prior(denoiser, # a denoiser with a `net`: trained in place; the avera
             for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr)
             x = data[torch.randint(len(data), (batch,))].to(device)
             if augment: x = augment(x)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = denoising_loss(denoiser, x).mean()
+            with _mixed(device, dtype): loss = denoising_loss(denoiser, x).mean()
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
@@ -225,6 +224,7 @@ def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the 
         parameters=sum(p.numel() for p in denoiser.parameters()))
     card = json.loads(json.dumps(card))
     for p in denoiser.parameters(): p.data = _rounded(p.data).float()
+    held_out = held_out.to(next(denoiser.parameters()).device)
     denoiser.calibrate(held_out)
     tensors = {k: _rounded(v) for k, v in denoiser.net.state_dict().items()}
     tensors |= {f'error.{k}': getattr(denoiser, k) for k in _measured}

@@ -14,12 +14,11 @@ from functools import wraps
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .denoise import GaussianDenoiser
+from .denoise import safe_alpha
 from .diffusion import Diffusion, repeat_y
-from .guidance import reward_gradient
-from .likelihood import InverseProblem, Likelihood
-from .operators import Matrix, check_batch
-from .schedule import Tabulated, check_number, check_whole, time_of
+from .guidance import convolved_score, log_gradient, white_error
+from .likelihood import InverseProblem
+from .schedule import check_number, check_whole, time_of
 
 # %% ../nbs/11_samplers.ipynb #7ce470f9
 @dataclass
@@ -28,11 +27,11 @@ class Samples:
     x:Tensor # (n, ...)
     calls:int=0 # images that went through the network
     gradients:int=0 # how many of them were differentiated
-    log_z:Tensor=None # estimates of log p(y), one per particle filter, where the method makes them
+    log_z:Tensor=None # estimates of log p(y), one per particle filter, where there are any
 
 # %% ../nbs/11_samplers.ipynb #4a82403c
 class CallCounter:
-    "Counts the images that go through a network while the block lasts, and those differentiated"
+    "Counts the images that go through a network in a block, and those differentiated"
     def __init__(self, net): self.net, self.images, self.gradients = net, 0, 0
     def _count(self, net, args, out):
         self.images += len(out)
@@ -87,7 +86,8 @@ def ladder(prior:Diffusion,
 def levels_at(prior:Diffusion, t) -> list: # of `Level`
     "The prior's noise levels at these times"
     t = torch.as_tensor(t, dtype=torch.float64)
-    return [Level(*v) for v in zip(t.tolist(), *(c.tolist() for c in prior.denoiser.schedule(t)))]
+    alpha, sigma = prior.denoiser.schedule(t)
+    return [Level(*v) for v in zip(t.tolist(), alpha.tolist(), sigma.tolist())]
 
 # %% ../nbs/11_samplers.ipynb #61ce2b9e
 def bridge(a:Level, b:Level, c:Level) -> tuple: # weights of x_a and x_c, and the std
@@ -103,20 +103,19 @@ def prepare(problem:InverseProblem, y, n:int
     ) -> tuple: # y (n, ...), the guess (x, level) -> x0_hat, zeros shaped like x (n, ...)
     "A measurement for each sample, in the prior's precision and place"
     n, prior = check_whole('n', n), problem.prior
-    y = repeat_y(y, n, prior.device).to(prior.dtype)
-    shape = getattr(problem.operator, 'out_shape', None)
-    if shape is not None: check_batch(y, tuple(shape), 'y')
+    y = repeat_y(problem.measurement(y), n)
+    if y.is_inference(): y = y.clone() # gradients will need it
     def guess(x, level:Level):
         return prior.denoiser(x, torch.tensor(level.t, dtype=x.dtype, device=x.device))
     return y, guess, torch.zeros(n, *prior.shape, dtype=prior.dtype, device=prior.device)
 
 def require_linear(problem, *methods) -> None:
     "Refuse an operator that lacks what a linear method asks of it"
-    lacks = [m for m in methods if not hasattr(problem.operator, m)]
-    if lacks: raise ValueError(
-        f'this sampler needs a linear operator, with {" and ".join(methods)}; '
-        f'{type(problem.operator).__name__} has no {lacks[0]}: '
-        'use fps, twisted, dps, daps or mgdm')
+    op = problem.operator
+    lacks = [m for m in methods if not hasattr(op, m)]
+    who = 'a tilted prior' if op is None else type(op).__name__
+    if lacks: raise ValueError('this sampler needs a linear operator, '
+        f'with {" and ".join(methods)}; {who} has no {lacks[0]}: use dps, daps or mgdm')
 
 def offset_of(operator, like:Tensor):
     "What the operator answers to nothing"
@@ -145,23 +144,6 @@ def ancestral(problem:InverseProblem, y:Tensor, # one measurement (1, ...), or n
         x = c1*x + c0*guess(D, x, y, a, c0) + std*noise(x)
     return Samples(D(x, levels[-2]))
 
-# %% ../nbs/11_samplers.ipynb #543c0161
-def ddpm_times(K:int) -> Tensor: # (K-1,), noise first
-    "K of the thousand levels of DDPM, from the noisiest, without the clean one"
-    return ((torch.linspace(0, 999, K, dtype=torch.float64).long()[1:] - 1)/999).flip(0)
-
-def ddpm_prior(denoiser, # (schedule) -> the denoiser
-    dim:int, **options) -> Diffusion: # options: of `Diffusion`
-    "A prior of vectors on the thousand noise levels of DDPM"
-    betas = torch.linspace(1e-4, .02, 1000, dtype=torch.float64)
-    schedule = Tabulated((1 - betas).cumprod(0))
-    return Diffusion(denoiser(schedule), (dim,), last_noise=.0101, start=998/999, **options)
-
-def known_line(noise_std=.5) -> InverseProblem:
-    "N(0, 4) measured with noise: the problem of the tables"
-    gauss = lambda schedule: GaussianDenoiser(torch.zeros(1), 4*torch.eye(1), schedule)
-    return InverseProblem(ddpm_prior(gauss, 1), Likelihood(Matrix([[1.]]), noise_std))
-
 # %% ../nbs/11_samplers.ipynb #4ac49cd5
 class Impulses:
     "Noise for `law`: sample 0 gets none; sample j gets a one at draw j"
@@ -177,7 +159,7 @@ def law(sampler, problem, y, draws:int, # at most as many normal numbers are dra
     "Mean and variance of a one-dimensional sampler that is affine in its noise, without chance"
     noise = Impulses()
     x = sampler(problem, y, draws+1, noise=noise, **options).x.flatten()
-    if noise.used > draws: raise ValueError(f'{noise.used} draws, and only {draws} were allowed')
+    if noise.used > draws: raise ValueError(f'{noise.used} draws, only {draws} were allowed')
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
 
 # %% ../nbs/11_samplers.ipynb #fb2a4b28
@@ -192,19 +174,22 @@ def vjp(D, x:Tensor, level:Level,
 
 def score_weight(level:Level) -> float:
     "How far the guess moves per unit of score"
-    return level.sigma**2/max(level.alpha, 1e-3)
+    return level.sigma**2/safe_alpha(level.alpha)
 
 # %% ../nbs/11_samplers.ipynb #a0a5c94d
 def dps(problem, y, n, *,
     scale=.5, # zeta, in the data's units; None for the likelihood's own gradient as a score
     **options) -> Samples: # options: of `ancestral`
     "Diffusion posterior sampling (Chung et al. 2023, Algorithm 1), the norm each sample's own"
-    if scale is not None: scale = check_number('scale', scale)
+    if scale is not None:
+        scale = check_number('scale', scale)
+        if problem.operator is None: raise ValueError('a tilted prior has no residual: '
+            'pass scale=None, for the gradient of log r as a score')
     def guess(D, x, y, level, c0):
         def log_r(x0):
-            if scale is None: return problem.log_reward(x0, y)
+            if scale is None: return problem.likelihood.log_prob(x0, y)
             return -(y - problem.operator(x0)).flatten(1).norm(dim=1)
-        x0, g = vjp(D, x, level, lambda x0: reward_gradient(log_r, x0))
+        x0, g = vjp(D, x, level, lambda x0: log_gradient(log_r, x0))
         return x0 + (score_weight(level) if scale is None else scale/c0)*g
     return ancestral(problem, y, n, guess, **options)
 
@@ -215,27 +200,19 @@ def pigdm(problem, y, n, *, variance=1., # v, the prior's pixel variance
     require_linear(problem, 'adjoint', 'gram_solve')
     op, variance = problem.operator, check_number('variance', variance)
     def guess(D, x, y, level, c0):
-        a, s2 = level.alpha, level.sigma**2
-        r2 = s2*variance/(s2 + a**2*variance)
+        r2 = white_error(level.alpha, level.sigma**2, variance)
         def weighed(x0): return op.adjoint(op.gram_solve(y - op(x0), r2, problem.noise_std**2))
         x0, g = vjp(D, x, level, weighed)
         return x0 + score_weight(level)*g
     return ancestral(problem, y, n, guess, **options)
 
 # %% ../nbs/11_samplers.ipynb #75495382
-def convolved(problem, x, y, alpha, sigma) -> Tensor: # (B, ...)
-    "Score of the likelihood convolved with the noise of x_t (Adam et al. 2022, eq. 12)"
-    op = problem.operator
-    zero = offset_of(op, y)
-    miss = alpha*(y - zero) - (op(x) - zero)
-    return op.adjoint(op.gram_solve(miss, sigma**2, (alpha**2 + 1e-6)*problem.noise_std**2))
-
-# %% ../nbs/11_samplers.ipynb #df62ca8c
 def cla(problem, y, n, **options) -> Samples: # options: of `ancestral`
     "Convolved likelihood approximation on DDPM's steps, for any schedule"
     require_linear(problem, 'adjoint', 'gram_solve')
+    op, std = problem.operator, problem.noise_std
     def guess(D, x, y, level, c0):
-        score = convolved(problem, x, y, level.alpha, level.sigma)
+        score = convolved_score(op, x, y, level.alpha, level.sigma, std)
         return D(x, level) + score_weight(level)*score
     return ancestral(problem, y, n, guess, **options)
 
@@ -274,8 +251,9 @@ def euler(problem, y, n, score:Callable, # (D, x, y, level, sigma) -> score at x
 def cla_ve(problem, y, n, **options) -> Samples: # options: of `euler`
     "Convolved likelihood approximation as published (Adam et al. 2022, section 2.2)"
     require_linear(problem, 'adjoint', 'gram_solve')
+    op, std = problem.operator, problem.noise_std
     def score(D, x, y, level, s):
-        return (D(level.alpha*x, level) - x)/s**2 + convolved(problem, x, y, 1., s)
+        return (D(level.alpha*x, level) - x)/s**2 + convolved_score(op, x, y, 1., s, std)
     return euler(problem, y, n, score, **options)
 
 # %% ../nbs/11_samplers.ipynb #544e52de
@@ -287,8 +265,8 @@ def ddrm(problem, y, n, *, eta=.85, # share of fresh noise
     "Denoising diffusion restoration (Kawar et al. 2022, eq. 7 and 8), in VE units"
     require_linear(problem, 'adjoint', 'gram_eig')
     eta, eta_b = check_number('eta', eta, '[0, 1]'), check_number('eta_b', eta_b, '(0, 1]')
-    op, std, levels = problem.operator, problem.noise_std, ladder(problem.prior, steps, times, 200.)
-    y, D, x = prepare(problem, y, n)
+    levels, (y, D, x) = ladder(problem.prior, steps, times, 200.), prepare(problem, y, n)
+    op, std = problem.operator, problem.noise_std
     values, U = op.gram_eig(x.dtype)
     seen, s = (values > 0).to(x), torch.where(values > 0, values, 1.).sqrt()
     zero, ratio = offset_of(op, x), levels[0].sigma/levels[0].alpha
@@ -318,7 +296,8 @@ def beside(ours:dict, known:dict, # name -> (mean, variance)
         if max(abs(m/km - 1), abs(v/kv - 1)) > .01: raise AssertionError(f'{name} is off')
 
 # %% ../nbs/11_samplers.ipynb #eaf8d186
-def chance(x) -> tuple: # of samples (n,): mean, its standard error, variance, its standard error
+def chance(x:Tensor # samples (n,)
+    ) -> tuple: # mean, its standard error, variance, its standard error
     "Mean and variance of samples, each with its standard error"
     d = (x - x.mean())**2
     root = len(x)**.5

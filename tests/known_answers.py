@@ -258,6 +258,206 @@ def deterministic(slow=False):
     return {name: (float(v[0]), float(v[1])) for name, v in found.items() if v is not None}
 
 
+# ---- Monte Carlo rows on the line and the plane ----------------------------------------------------
+
+def dps_scaled(scale, n, rng, K=1000):
+    "DPS as its authors have it: the next mean moves by scale times the gradient of -|y - x0_hat|"
+    path = levels(grid(K))
+    x = path[0][1]*rng.standard_normal(n)
+    for (a, s), (b, r) in zip(path, path[1:]):
+        step, J = s*s - (a/b*r)**2, gain(a, s)
+        mean = (a/b*r*r*x + b*step*J*x)/(s*s) + scale*J*np.sign(Y - J*x)
+        x = mean + (step*r*r/(s*s))**.5*rng.standard_normal(n)
+    return gain(*path[-1])*x
+
+def survivors(log_w, rng):
+    "Systematic resampling: indices (F, M) of F filters of M particles"
+    F, M = log_w.shape
+    w = np.exp(log_w - log_w.max(1, keepdims=True))
+    edges = (w/w.sum(1, keepdims=True)).cumsum(1)
+    points = (rng.random((F, 1)) + np.arange(M))/M
+    return np.array([np.searchsorted(e, p).clip(max=M-1) for e, p in zip(edges, points)])
+
+def fps_smc(denoise, A, y, var, F, M, c, K, rng):
+    """F filters of M particles, one measured number y = A x + noise; answers (F, M, d)
+
+    Each filter has a path of y of its own; its particles predict, are resampled by how likely they
+    make the next y, and are drawn from prediction times likelihood."""
+    path, d, L = levels(grid(K)), len(A), A @ A
+    normal = rng.standard_normal
+    def draw(mean, q, target, r):  # from N(mean, q) N(target; A x, r)
+        x = mean + q**.5*normal(mean.shape)
+        miss = target + r**.5*normal(x.shape[:2]) - x @ A
+        return x + q*A*(miss/(q*L + r))[..., None]
+    a, s = path[0]
+    e = s*normal((F, 1, d))
+    x = draw(np.zeros((F, M, d)), s*s, a*y + e @ A, var*a*a)
+    for (a, s), (b, r) in zip(path, path[1:]):
+        x0, q, fade = denoise(x.reshape(-1, d), a, s).reshape(x.shape), c*r*r, (1-c)**.5*r/s
+        x, e = b*x0 + fade*(x - a*x0), fade*e + q**.5*normal((F, 1, d))
+        target = b*y + e @ A
+        if M > 1:
+            alive = survivors(-(target - x @ A)**2/(2*(q*L + var*b*b)), rng)
+            x = np.take_along_axis(x, alive[..., None], 1)
+        x = draw(x, q, target, var*b*b)
+    return denoise(x.reshape(-1, d), *path[-1]).reshape(x.shape)
+
+def plane_filters(F, M, rng, var=.05**2, c=.3, K=100):
+    "One particle of each filter: the coordinate of the plane that is not measured"
+    def denoise(x, a, s): return x @ (a*PLANE @ np.linalg.inv(a*a*PLANE + s*s*np.eye(2))).T
+    x = fps_smc(denoise, FIRST[0], 1., var, F, M, c, K, rng)[..., 1]
+    return x[np.arange(F), rng.integers(M, size=F)]  # the first one has survived its own way
+
+def adam(gradient, params, steps, rate):
+    "Adam (Kingma & Ba 2015, Algorithm 1) with its usual constants"
+    m, v = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
+    for k in range(1, steps+1):
+        for i, g in enumerate(gradient(*params)):
+            m[i], v[i] = .9*m[i] + .1*g, .999*v[i] + .001*g*g
+            params[i] = params[i] - rate*(m[i]/(1-.9**k))/((v[i]/(1-.999**k))**.5 + 1e-8)
+    return params
+
+def mgdm_walk(denoise, slope, n, d, tau_of, steps, rate, down, rng, K=100):
+    """MGDM with Adam: x0_hat and its gradient by `denoise(x, a, s)`, and `slope(x, a, s)`, the
+    gradient of log p(y | D(x)); one sweep per level; `down` steps of DDPM from tau to the clean image,
+    or one guess where it is one"""
+    index, clean, normal = grid(K), (1., 0.), rng.standard_normal
+    def between(w, up, low): return w[0]*up + w[1]*low + w[2]*normal(up.shape)
+    first, = levels(index[:1])
+    x = first[1]*normal((n, d))
+    x0 = denoise(x, *first)
+    for i in range(len(index) - 2):
+        (top, now), it = levels(index[i:i+2]), tau_of(i, index[i+2])
+        tau, = levels([it])
+        x_now, w = between(bridge(top, now, clean), x, x0), bridge(now, tau, clean)
+        mean, std = w[0]*x_now + w[1]*x0, w[2]
+        def gradient(m, log_s):
+            z = normal(m.shape)
+            v = m + np.exp(log_s)*z
+            g = (v - mean)/std**2 - slope(v, *tau)
+            return g, g*np.exp(log_s)*z - 1
+        m, log_s = adam(gradient, [mean, np.full_like(mean, np.log(std))], steps(i), rate(i))
+        x0 = x_tau = m + np.exp(log_s)*normal(m.shape)
+        points = levels(np.linspace(it, 0, min(down+1, it+1)).astype(int))
+        for p, q in zip(points, points[1:]):
+            x_hat = denoise(x0, *p)
+            x0 = x_hat if q == clean else between(bridge(p, q, clean), x0, x_hat)
+        x = between(bridge(top, now, tau), x, x_tau)
+    return x0
+
+def mgdm_line(n, rng):
+    "Three Adam steps per level and ten in the last part, tau just below t, x0 = D_tau(x_tau)"
+    return mgdm_walk(lambda x, a, s: gain(a, s)*x,
+        lambda x, a, s: gain(a, s)*(Y - gain(a, s)*x)/VAR, n, 1,
+        lambda i, below: below, lambda i: 10 if i >= 70 else 3, lambda i: .03, 1, rng)[:, 0]
+
+def with_errors(x):
+    "Mean, its standard error, variance, its standard error"
+    d = (x - x.mean())**2
+    root = len(x)**.5
+    return tuple(float(v) for v in (x.mean(), x.std()/root, d.mean(), d.std()/root))
+
+def by_chance(n=20000, seed=0):
+    "name -> with_errors; each row has a generator of its own"
+    rows = {f'DPS, scale {z:g}, K=1000': lambda rng, z=z: dps_scaled(z, n, rng)
+            for z in (.002, .02, .2, 2.)}
+    rows |= {f'FPS-SMC, M={M}': lambda rng, M=M: plane_filters(n, M, rng) for M in (1, 5, 20)}
+    rows['MGDM, Adam 3 and 10 steps'] = lambda rng: mgdm_line(n, rng)
+    return {name: with_errors(row(np.random.default_rng(seed))) for name, row in rows.items()}
+
+
+# ---- twenty-five modes --------------------------------------------------------------------------------
+
+class Modes:
+    """Means (8 i, 8 j) for i, j in -2..2, tiled to d dimensions, unit covariance, weights 1 + 7k mod 5;
+    y = A x + .5 noise with A_j = cos j, and the noiseless measurement of (8.3, -7.7, ...)"""
+    def __init__(self, d):
+        i, j = (v.ravel() for v in np.meshgrid(range(-2, 3), range(-2, 3), indexing='ij'))
+        self.d, self.means = d, 8.*np.tile(np.stack([i, j], 1), d//2)
+        w = 1. + (7*(5*(i+2) + j+2)) % 5
+        self.log_w, self.A = np.log(w/w.sum()), np.cos(np.arange(1, d+1))
+        self.y, self.L = self.A @ np.tile([8.3, -7.7], d//2), self.A @ self.A
+        miss = self.y - self.means @ self.A
+        p = np.exp(self.log_w - miss**2/(2*(self.L + VAR)))
+        self.weights = p/p.sum()  # of the posterior
+        self.centres = self.means + miss[:, None]*self.A/(self.L + VAR)
+    def exact(self, n, rng):
+        "Samples of the posterior: a mode, a unit normal, and what the measurement corrects"
+        k, z = rng.choice(25, n, p=self.weights), rng.standard_normal((n, self.d))
+        seen = z @ self.A/self.L
+        kept = (VAR/(self.L + VAR))**.5
+        return self.centres[k] + z + ((kept - 1)*seen)[:, None]*self.A
+    def prior(self, n, rng):
+        return self.means[rng.choice(25, n, p=np.exp(self.log_w))] + rng.standard_normal((n, self.d))
+    def shares(self, x, a, s):
+        "Which mode a noisy x belongs to: with a^2 + s^2 = 1 every noisy mode has unit covariance"
+        logits = self.log_w + a*(x @ self.means.T) - a*a*(self.means**2).sum(1)/2
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        return p/p.sum(1, keepdims=True)
+    def denoise(self, x, a, s): return a*x + s*s*(self.shares(x, a, s) @ self.means)
+    def pull(self, x, a, s, weigh):
+        "The guess D, and its Jacobian (symmetric) times A weigh(A D)"
+        p = self.shares(x, a, s)
+        mean = p @ self.means
+        D = a*x + s*s*mean
+        u = weigh(D @ self.A)
+        along = self.means @ self.A  # (25,)
+        spread = p*(along - (mean @ self.A)[:, None])
+        curve = spread @ self.means - spread.sum(1, keepdims=True)*mean
+        return D, u[:, None]*(a*self.A + s*s*a*curve)
+
+def modes_ancestral(p, n, rng, K, guess=None, kick=None):
+    "DDPM; guess(x, a, s) is the clean image it expects, kick(x, a, s) is added to the next mean"
+    path = levels(grid(K))
+    x = path[0][1]*rng.standard_normal((n, p.d))
+    for (a, s), (b, r) in zip(path, path[1:]):
+        step = s*s - (a/b*r)**2
+        x0 = (guess or p.denoise)(x, a, s)
+        mean = (a/b*r*r*x + b*step*x0)/(s*s) + (kick(x, a, s) if kick else 0)
+        x = mean + (step*r*r/(s*s))**.5*rng.standard_normal(x.shape)
+    return p.denoise(x, *path[-1])
+
+def modes_rows(p):
+    "name -> (rng) -> samples; names as in chapter 11b"
+    def moved(weigh):  # the guess, moved by a score through the Jacobian
+        def guess(x, a, s):
+            D, g = p.pull(x, a, s, lambda at: weigh(p.y - at, s))
+            return D + s*s/a*g
+        return guess
+    def norm(zeta):
+        return lambda x, a, s: zeta*p.pull(x, a, s, lambda at: np.sign(p.y - at))[1]
+    def cla(x, a, s):
+        return p.denoise(x, a, s) + s*s/a*((a*p.y - x @ p.A)/(a*a*VAR + s*s*p.L))[:, None]*p.A
+    def slope(x, a, s): return p.pull(x, a, s, lambda at: (p.y - at)/VAR)[1]
+    def mgdm(fast): return lambda rng: mgdm_walk(p.denoise, slope, 1000, p.d,
+        lambda i, below: rng.integers(10, below+1) if i < 70 else below,
+        lambda i: 20 if i >= 70 else 5, lambda i: .01 if i <= 10 else fast, 19, rng)
+    def filters(F, M): return lambda rng: fps_smc(
+        p.denoise, p.A, p.y, VAR, F, M, .3, 100, rng).reshape(-1, p.d)
+    walk = lambda K, **kw: lambda rng: modes_ancestral(p, 1000, rng, K, **kw)
+    return {'exact': lambda rng: p.exact(1000, rng), 'prior': walk(100),
+        'DPS, gamma=.1': walk(1000, kick=norm(.2)), 'DPS, gamma=.01': walk(1000, kick=norm(.02)),
+        'DPS as a score': walk(1000, guess=moved(lambda miss, s: miss/VAR)),
+        'PiGDM': walk(1000, guess=moved(lambda miss, s: miss/(s*s*p.L + VAR))),
+        'CLA': walk(1000, guess=cla), 'FPS, c=.3': filters(1000, 1), 'FPS-SMC, M=64': filters(16, 64),
+        'MGDM, lr=.03': mgdm(.03), 'MGDM, lr=.3': mgdm(.3)}
+
+def w1(x, y, rng):
+    "Wasserstein-1 distance, mean over 200 random directions"
+    along = rng.standard_normal((x.shape[1], 200))
+    along /= np.linalg.norm(along, axis=0)
+    return float(np.abs(np.sort(x @ along, 0) - np.sort(y @ along, 0)).mean())
+
+def modes_table(d, seeds=4, only=None):
+    "name -> one distance per seed"
+    p, found = Modes(d), {}
+    for name, row in modes_rows(p).items():
+        if only and name not in only: continue
+        rngs = [np.random.default_rng(seed) for seed in range(seeds)]
+        found[name] = tuple(w1(x, p.exact(len(x), rng), rng) for rng in rngs for x in [row(rng)])
+    return found
+
+
 if __name__ == '__main__':
     for name, (m, v) in deterministic(True).items(): print(f'{name:44s} {m:.6f} {v:.6f}  {v/EXACT[1]:.3f}')
     for K in (1000, 100): print('prior', K, ancestral(prior_guess, K))

@@ -1,114 +1,148 @@
 "The core's promises, checked once for all chapters: clear refusals, reproducible runs, nothing lost"
-import math
+import copy, math, pickle
+
 import numpy as np, pytest, torch
-from rtb_nb.data import load_labels, load_mnist, to_signed
-from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, VDenoiser, gaussian_field
-from rtb_nb.diffusion import Diffusion, Drift, Drifted, Trajectories, gaussian
-from rtb_nb.experiment import fan_out
-from rtb_nb.explore import Buffer, Mixture, OnPolicy, Replay, resimulate
-from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, MomentMatching, PiGDM, ProximalMatching
-from rtb_nb.likelihood import ExactChain, ExactMixture, InverseProblem, Likelihood, PhotonNoise, Tilted
-from rtb_nb.metrics import interval_coverage, judge, mode_weights, train_classifier
-from rtb_nb.networks import NetDrift, PatchTransformer, UNet, VectorNet, load_tensors, save_tensors
+from rtb_nb.beds import plane as plane_of
+from rtb_nb.behaviours import Mixture, OnPolicy
+from rtb_nb.checkpoints import load_tensors, save_tensors
+from rtb_nb.denoise import EpsDenoiser, MixtureDenoiser, VDenoiser
+from rtb_nb.diffusion import Diffusion, Posterior, Trajectories, gaussian
+from rtb_nb.drifts import NetDrift
+from rtb_nb.exact import ExactChain, ExactMixture
+from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
+    MomentMatching, PiGDM, ProximalMatching, likelihood_slope)
+from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
+from rtb_nb.networks import VectorNet
+from rtb_nb.nonlinear import FourierMagnitude
 from rtb_nb.objective import RTB, ScalarLogZ, VarGrad
-from rtb_nb.operators import Matrix
-from rtb_nb.priors import load_prior, train_prior
-from rtb_nb.schedule import VE, Bridge, Cosine, Table, levels
-from rtb_nb.train import Diverged, Guard, Trainer, path_gradient
+from rtb_nb.operators import Identity, Mask, Matrix
+from rtb_nb.priors import load_prior
+from rtb_nb.replay import Buffer, Replay
+from rtb_nb.schedule import Cosine
+from rtb_nb.train import Diverged, Guard, Trainer, image_drifts, path_gradient
 
 Y = torch.tensor([[.9]])
 
-def plane(steps=10, noise_std=.1):
-    prior = Diffusion(GaussianDenoiser(torch.tensor([.3, -.2]), torch.tensor([[1., .8], [.8, 1.]])/4, Cosine(.5)), (2,), steps, last_noise=.05)
-    return InverseProblem(prior, Likelihood(Matrix(torch.tensor([[1., 0.]])), noise_std))
+def plane(steps=10, noise_std=.1): return plane_of(steps, noise_std)
 
-def learned(problem): return Drifted(problem.prior, [NetDrift(VectorNet(4, 2, width=16))])
+def learned(problem): return problem.posterior([NetDrift(VectorNet(4, 2, width=16))])
 
-def trainer(seed=0, **kw):
+def trainer(seed=0, noise_std=.1, steps=10, **kw):
     "A trainer with every part that has a state: replay, log Z, averages"
     torch.manual_seed(seed)
-    problem = plane()
-    posterior = learned(problem)
+    posterior = learned(plane(steps, noise_std))
     buffer = Buffer(64, (2,), (1,))
     behaviour = Mixture(OnPolicy(posterior, 12, buffer), Replay(posterior, buffer, 4, d=3))
-    return Trainer(problem, posterior, behaviour, RTB(ScalarLogZ(-1.)), updates=2, **kw)
-
-def unlabelled(tmp_path):
-    np.savez(tmp_path/'few.npz', train=np.zeros((2, 28, 28), np.uint8))
-    return tmp_path/'few.npz'
+    return Trainer(posterior, behaviour, RTB(ScalarLogZ(-1.)), updates=2, **kw)
 
 def corrupt(tmp_path):
     path = tmp_path/'bad.safetensors'
     path.write_bytes(b'not a checkpoint')
     return path
 
+def guided(*drifts, operator=None, noise=.1):
+    "Two samples of the plane under these drifts"
+    operator = operator or Matrix(torch.tensor([[1., 0.]]))
+    likelihood = Likelihood(operator, noise if isinstance(noise, float) else None,
+        None if isinstance(noise, float) else noise)
+    problem = InverseProblem(plane().prior, likelihood)
+    return problem.posterior(list(drifts)).sample(torch.ones(1, *problem.y_shape), 2)
+
+def nested(): return plane().posterior([GaussianMatching()]).given(Y)
+
+def mixture_prior():
+    modes = MixtureDenoiser(torch.zeros(2, 2), .1, schedule=Cosine())
+    return Diffusion(modes, (2,), error=lambda t: t)
+
+def nowhere(x): return x[:, 0]*math.nan
+def too_many(x): return x
+
 refusals = {
-    'no steps': (lambda _: levels(Cosine(), 0), ValueError, 'steps must be a positive whole number, got 0'),
-    'fractional steps': (lambda _: levels(Cosine(), 2.5), ValueError, 'got 2.5'),
-    'clean end': (lambda _: levels(Cosine(), 4, last_noise=0), ValueError, 'last_noise must lie in (0, 1), got 0'),
-    'late start': (lambda _: levels(Cosine(), 4, start=1.5), ValueError, 'start must be a time in (0, 1], got 1.5'),
-    'end before start': (lambda _: levels(Cosine(), 4, start=.01), ValueError, 'not before the start'),
-    'negative scale': (lambda _: Cosine(-1), ValueError, 'scale must be positive, got -1'),
-    'VE upside down': (lambda _: VE(1., .1), ValueError, 'sigma_min < sigma_max, got 1.0 and 0.1'),
-    'table grows': (lambda _: Table(torch.tensor([.1, .5])), ValueError, 'must decrease within (0, 1)'),
-    'cov shape': (lambda _: GaussianDenoiser(torch.zeros(2), torch.eye(3), Cosine()), ValueError, 'cov must be (2, 2)'),
-    'cov indefinite': (lambda _: GaussianDenoiser(torch.zeros(2), torch.diag(torch.tensor([1., -1.])), Cosine()), ValueError, 'smallest eigenvalue is -1'),
-    'mixture weights': (lambda _: MixtureDenoiser(torch.zeros(3, 2), .1, torch.ones(2), Cosine()), ValueError, '3 non-negative numbers'),
-    'mixture std': (lambda _: MixtureDenoiser(torch.zeros(3, 2), 0., schedule=Cosine()), ValueError, 'std must be positive, got 0'),
-    'uncalibrated': (lambda _: Diffusion(VDenoiser(VectorNet(2, 2), Cosine()), (2,)), ValueError, 'call calibrate(x0)'),
-    'eps from pure noise': (lambda _: Diffusion(EpsDenoiser(VectorNet(2, 2), Cosine()), (2,), error=lambda t: t), ValueError, 'pass start below 1'),
-    'no paths': (lambda _: plane().prior.simulate(0), ValueError, 'number of paths must be positive, got 0'),
-    'y batch': (lambda _: plane().prior.simulate(4, torch.zeros(3, 1)), ValueError, 'each of the 4 paths'),
-    'y not finite': (lambda _: plane().prior.simulate(4, torch.tensor([[math.nan]])), ValueError, '1 non-finite values'),
+    'uncalibrated': (lambda _: Diffusion(VDenoiser(VectorNet(2, 2), Cosine()), (2,)), ValueError, 'calibrate'),
+    'eps from pure noise': (lambda _: Diffusion(EpsDenoiser(VectorNet(2, 2), Cosine()), (2,),
+        error=lambda t: t), ValueError, 'pass a start below 1'),
+    'no paths': (lambda _: plane().prior.simulate(0), ValueError, 'number of paths must be a positive whole number, got 0'),
+    'half a path': (lambda _: plane().prior.sample(2.5), ValueError, 'got 2.5'),
+    'orders mixed up': (lambda _: plane().posterior([]).simulate(4, Y), ValueError, 'y comes first, then the number'),
+    'y batch': (lambda _: plane().posterior([]).simulate(torch.zeros(3, 1), 4), ValueError, 'each of the 4 paths'),
+    'y not finite': (lambda _: plane().posterior([]).simulate([[math.nan]], 4), ValueError, '1 non-finite values'),
+    'y shape': (lambda _: plane().posterior([]).simulate(torch.zeros(1, 2), 4), ValueError, 'y has shape (1, 2), expected (M, 1)'),
+    'y without a batch': (lambda _: plane().posterior([]).draw([.9], 4), ValueError, 'add a batch dimension'),
+    'y of words': (lambda _: plane().measurement(['bright']), TypeError, 'got ndarray of <U6'),
+    'y a dict': (lambda _: plane().measurement({'y': 1.}), TypeError, 'a measurement is a tensor, an array or a list'),
+    'y complex': (lambda _: plane().measurement(torch.ones(1, 1)*1j), TypeError, 'a measurement is real'),
+    'y of a bare callable': (lambda _: InverseProblem(plane().prior, Likelihood(torch.sin, .1)).measurement(
+        torch.zeros(1, 3)), ValueError, 'expected (M, 2)'),
+    'row of a magnitude': (lambda _: InverseProblem(load_prior('galaxies-32', 2), Likelihood(
+        FourierMagnitude((1, 32, 32)), .1)).measurement(torch.zeros(1, 48, 48)), ValueError, 'expected (M, 1, 48, 48)'),
+    'y in a likelihood': (lambda _: plane().log_likelihood(torch.zeros(2, 2), torch.zeros(1, 3)), ValueError, 'expected (M, 1)'),
+    'y to train on': (lambda _: trainer().fit(torch.zeros(1, 2), 2), ValueError, 'y has shape (1, 2)'),
+    'y of a closed form': (lambda _: ExactChain(plane(), torch.zeros(2, 1)), ValueError, 'one measurement (1, ...), got 2'),
+    'y of a given posterior': (lambda _: plane().posterior([]).given(torch.zeros(1, 4)), ValueError, 'y has shape (1, 4)'),
+    'two measurements given': (lambda _: plane().posterior([]).given(torch.zeros(2, 1)), ValueError, 'each of the 1 paths'),
+    'half a photon': (lambda _: Likelihood(Identity(1), noise=PhotonNoise(5)).take([[-.8]], (1,), torch.zeros(())),
+        ValueError, 'no whole count of photons, such as -0.8'),
+    'negative count': (lambda _: Likelihood(Identity(1), noise=PhotonNoise(5)).take([[-1.4]], (1,), torch.zeros(())),
+        ValueError, 'no whole count of photons, such as -1.4'),
+    'photons': (lambda _: PhotonNoise(0), ValueError, 'photons must be a positive number, got 0'),
+    'dark over bright': (lambda _: PhotonNoise(5, dark=2.), ValueError, 'dark must lie below bright, got 2.0 and 1.0'),
+    'no background': (lambda _: PhotonNoise(5, background=0), ValueError, 'background must be a positive number'),
     'noised shape': (lambda _: plane().prior.noised(torch.zeros(4, 3)), ValueError, 'events of shape (2,), got (3,)'),
-    'noise_std': (lambda _: Likelihood(Matrix(torch.eye(2)), 0), ValueError, 'noise_std must be a positive finite number'),
-    'no measurement': (lambda _: plane().log_likelihood(plane().prior.simulate(2)), ValueError, 'carry no measurement'),
-    'nonlinear': (lambda _: CLA(Likelihood(torch.sin, .1)), ValueError, 'CLA needs a linear operator'),
-    'pixel variance': (lambda _: MomentMatching(plane().likelihood, 0), ValueError, 'variance must be positive'),
-    'guidance without y': (lambda _: Drifted(plane().prior, [CLA(plane().likelihood)]).simulate(2), ValueError, 'CLA needs a measurement'),
-    'gate knots': (lambda _: Gate(CLA(plane().likelihood), knots=1), ValueError, 'at least two knots, got 1'),
-    'exact needs Gaussian': (lambda _: ExactChain(InverseProblem(Diffusion(MixtureDenoiser(torch.zeros(2, 2), .1, schedule=Cosine()), (2,), error=lambda t: t),
-        plane().likelihood), Y), ValueError, 'needs a GaussianDenoiser prior, got MixtureDenoiser'),
+    'noise_std': (lambda _: Likelihood(Matrix(torch.eye(2)), 0), ValueError, 'noise_std must be a positive number, got 0'),
+    'noise_std of words': (lambda _: Likelihood(Matrix(torch.eye(2)), 'loud'), ValueError, "got 'loud'"),
+    'no noise': (lambda _: Likelihood(Matrix(torch.eye(2))), ValueError, 'noise_std must be a positive number, got None'),
+    'two noises': (lambda _: Likelihood(Matrix(torch.eye(2)), .1, PhotonNoise(5)), ValueError, 'not both'),
+    'noise no function': (lambda _: Likelihood(Matrix(torch.eye(2)), noise=3), TypeError, 'got int'),
+    'no operator': (lambda _: Likelihood(None, .1), TypeError, 'an operator is a callable'),
+    'no measurement': (lambda _: plane().posterior([]).log_weight(plane().prior.simulate(2)), ValueError, 'carry no measurement'),
+    'no likelihood': (lambda _: Posterior(plane().prior, []).problem, ValueError, 'problem.posterior(drifts)'),
+    'posterior for a prior': (lambda _: InverseProblem(plane().posterior([]), plane().likelihood), TypeError, 'posterior.given(y)'),
+    'under another shape': (lambda _: plane().posterior([]).under(InverseProblem(load_prior('galaxies-32', 2),
+        Likelihood(torch.sin, .1))), ValueError, 'events of shape (2,)'),
+    'paths of another chain': (lambda _: plane(5).posterior([]).log_ratio(plane(8).prior.simulate(2)), ValueError,
+        'these paths have 8 steps, the posterior 5'),
+    'a longer chain scored': (lambda _: plane(5).prior.log_prob(plane(8).prior.simulate(2)), ValueError, '8 steps, the chain 5'),
+    'nonlinear': (lambda _: guided(CLA(), operator=torch.sin), ValueError, 'CLA needs a linear operator'),
+    'nonlinear matching': (lambda _: guided(MomentMatching(1.), operator=torch.sin), ValueError, 'MomentMatching needs a linear'),
+    'photons guide': (lambda _: guided(CLA(), noise=lambda m: torch.distributions.Laplace(m, 1.)), ValueError, 'needs Gaussian noise'),
+    'pixel variance': (lambda _: MomentMatching(0), ValueError, "the prior's pixel variance"),
+    'guidance without y': (lambda _: Posterior(plane().prior, [CLA()]).sample(None, 2), ValueError, 'CLA needs a measurement'),
+    'gate knots': (lambda _: Gate(CLA(), knots=1), ValueError, 'knots must be a whole number of at least 2, got 1'),
+    'exact needs Gaussian': (lambda _: ExactChain(InverseProblem(mixture_prior(), plane().likelihood), Y), ValueError,
+        'needs a GaussianDenoiser prior, got MixtureDenoiser'),
+    'exact needs a matrix': (lambda _: ExactChain(InverseProblem(plane().prior, Likelihood(torch.sin, .1)), Y), ValueError,
+        'linear operator with a matrix'),
+    'no exact paths': (lambda _: ExactChain(plane(), Y).paths(0), ValueError, 'got 0'),
     'dead zone over bound': (lambda _: RTB(dead_zone=2., bound=1.), ValueError, 'bound must exceed the dead zone 2.0, got 1.0'),
     'lonely path': (lambda _: VarGrad()(torch.zeros(3), torch.tensor([[0.], [0.], [1.]])), ValueError, 'at least two paths'),
-    'bridge': (lambda _: Bridge(0), ValueError, 'std must be positive, got 0'),
-    'field': (lambda _: gaussian_field(8, .4, -1, Cosine()), ValueError, 'length > 0, got 8, 0.4 and -1'),
     'mixture needs mixture': (lambda _: ExactMixture(plane(), Y), ValueError, 'needs a MixtureDenoiser prior, got GaussianDenoiser'),
-    'tilt shape': (lambda _: Tilted(plane().prior, lambda x: x).log_reward(torch.zeros(3, 2), None), ValueError, 'one number a sample (3,), got (3, 2)'),
-    'tilt simulates': (lambda _: Tilted(plane().prior, lambda x: x).simulate(2), TypeError, 'use prior.sample'),
-    'DPS scale': (lambda _: DPS(plane().likelihood, plane().prior.denoiser, 0), ValueError, 'scale must be positive, got 0'),
-    'PiGDM variance': (lambda _: PiGDM(plane().likelihood, plane().prior.denoiser, -1), ValueError, 'variance must be positive'),
-    'matching needs Gaussian': (lambda _: GaussianMatching(plane().likelihood, torch.nn.Identity()), ValueError, 'needs a GaussianDenoiser, got Identity'),
-    'log Z from nothing': (lambda _: ScalarLogZ.of(Tilted(plane().prior, lambda x: x[:, 0]*math.nan), Drifted(plane().prior, []), Tilted.nothing, 4), ValueError, 'none of 4 paths'),
-    'modes': (lambda _: mode_weights(torch.zeros(4, 2), torch.zeros(3, 3)), ValueError, 'got (4, 2) and (3, 3)'),
-    'coverage': (lambda _: interval_coverage(torch.zeros(4, 2), None, 1.), ValueError, 'level must lie in (0, 1), got 1.0'),
-    'nothing to train': (lambda _: Trainer(plane(), Drifted(plane().prior, []), None), ValueError, 'nothing to train'),
+    'tilt shape': (lambda _: Tilted(plane().prior, too_many).log_likelihood(torch.zeros(3, 2), torch.zeros(1, 0)), ValueError,
+        'one number per sample (3,), got (3, 2)'),
+    'tilt simulates': (lambda _: Tilted(plane().prior, too_many).simulate(2), TypeError, 'use prior.sample'),
+    'tilt measured': (lambda _: Tilted(plane().prior, too_many).posterior([]).sample(Y, 2), ValueError, 'use problem.no_measurement'),
+    'tilt noise': (lambda _: Tilted(plane().prior, too_many).noise_std, ValueError, 'has no noise'),
+    'DPS scale': (lambda _: DPS(0), ValueError, 'scale must be a positive number, got 0'),
+    'PiGDM variance': (lambda _: PiGDM(-1), ValueError, 'variance must be a positive number, got -1'),
+    'gradient clip': (lambda _: LikelihoodGradient(clip=0), ValueError, 'clip must be a positive number'),
+    'matching needs Gaussian': (lambda _: GaussianMatching(torch.nn.Identity()), ValueError, 'needs a GaussianDenoiser, got Identity'),
+    'log Z from nothing': (lambda _: ScalarLogZ.of(Tilted(plane().prior, nowhere).posterior([]), torch.zeros(1, 0), 4),
+        ValueError, 'none of 4 paths'),
+    'nothing to train': (lambda _: Trainer(plane().posterior([]), None), ValueError, 'nothing to train'),
     'fraction': (lambda _: trainer(fraction=0), ValueError, 'fraction must lie in (0, 1], got 0'),
     'clip': (lambda _: trainer(clip=0), ValueError, 'clip must be a positive'),
-    'iterations': (lambda _: trainer().fit(Y, 0), ValueError, 'iterations must be positive, got 0'),
-    'empty buffer': (lambda _: Buffer(4, (2,), (1,)).draw(Y), ValueError, 'replay buffer is empty'),
-    'backtrack too far': (lambda _: resimulate(learned(plane()), plane().prior.simulate(2), 11), ValueError, 'cannot walk the last 11 steps of a path of 10'),
-    'patch size': (lambda _: PatchTransformer(30), ValueError, 'image size 30 is not a multiple of the patch 4'),
-    'odd U-Net': (lambda _: UNet(30), ValueError, 'image size 30 cannot be halved'),
-    'wrong image': (lambda _: UNet(32)(torch.zeros(1, 3, 32, 32), torch.zeros(1)), ValueError, 'images of shape (1, 32, 32), got (3, 32, 32)'),
+    'decay': (lambda _: trainer(decay=1.), ValueError, 'decay must lie in [0, 1), got 1.0'),
+    'iterations': (lambda _: trainer().fit(Y, 0), ValueError, 'iterations must be a positive whole number, got 0'),
+    'warmup': (lambda _: trainer().fit(Y, 2, warmup=-1), ValueError, 'warmup must be'),
+    'anneal': (lambda _: trainer().fit(Y, 2, anneal=2), ValueError, 'anneal must lie in [0, 1], got 2'),
+    'every': (lambda _: trainer().fit(Y, 2, every=0), ValueError, 'every must be a positive whole number, got 0'),
     'no checkpoint': (lambda d: trainer().load(d/'none.safetensors'), FileNotFoundError, 'there is no file'),
     'bad checkpoint': (lambda d: trainer().load(corrupt(d)), ValueError, 'is not a safetensors file'),
-    'unknown prior': (lambda _: load_prior('nebulae'), ValueError, "unknown prior 'nebulae'"),
-    'missing prior file': (lambda d: load_prior(d/'p.safetensors'), FileNotFoundError, 'there is no prior file'),
-    'proximal stretch': (lambda _: ProximalMatching(plane().likelihood, 1., 0), ValueError, 'stretch must be positive, got 0'),
-    'proximal sweeps': (lambda _: ProximalMatching(plane().likelihood, 1., sweeps=0), ValueError, 'sweeps must be a positive whole number, got 0'),
-    'proximal without Gaussian noise': (lambda _: ProximalMatching(Likelihood(torch.sin, noise=PhotonNoise(9.)), 1.), ValueError, 'needs Gaussian noise'),
-    'no samples': (lambda _: judge(plane(), torch.zeros(0, 2), Y), ValueError, 'at least one sample, got none'),
-    'labels': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(3)), ValueError, 'needs its label, got (4, 1, 8, 8) and (3,)'),
-    'one kind': (lambda _: train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), ValueError, 'name two kinds or more, got 0 to 0'),
-    'stack of what': (lambda _: to_signed(np.zeros((2, 8, 8, 4))), ValueError, '(N, H, W) or (N, H, W, 3), got shape (2, 8, 8, 4)'),
-    'digits nowhere': (lambda d: load_mnist(path=d), FileNotFoundError, 'give path='),
-    'digits split': (lambda _: load_mnist('valid'), ValueError, "split is 'train' or 'test', got 'valid'"),
-    'digits without labels': (lambda d: load_labels('MNIST', path=unlabelled(d)), ValueError, "no array 'train_labels': it holds train"),
-    'fan of what': (lambda d: fan_out(d/'none.ipynb', [{}], d), FileNotFoundError, 'there is no notebook'),
-    'no workers': (lambda d: fan_out(__file__, [{}], d, workers=0), ValueError, 'workers must be a positive whole number, got 0'),
-    'no data': (lambda _: train_prior(None, torch.zeros(0, 2), torch.zeros(1, 2)), ValueError, 'got 0 and 1'),
-    'nan data': (lambda _: train_prior(None, torch.full((2, 2), math.nan), torch.zeros(1, 2)), ValueError, 'non-finite values'),
+    'proximal stretch': (lambda _: ProximalMatching(1., 0), ValueError, 'stretch must be a positive number, got 0'),
+    'proximal sweeps': (lambda _: ProximalMatching(1., sweeps=0), ValueError, 'sweeps must be a positive whole number, got 0'),
+    'moments of a posterior': (lambda _: InverseProblem(nested(), plane().likelihood).posterior([MomentMatching()]).sample(Y, 2),
+        ValueError, 'needs the denoiser of the prior'),
+    'slope of a posterior': (lambda _: InverseProblem(nested(), plane().likelihood).posterior(
+        [NetDrift(VectorNet(6, 2), likelihood_slope)]).sample(Y, 2), ValueError, 'a posterior has none'),
 }
 
 @pytest.mark.parametrize('name', refusals)
@@ -117,8 +151,100 @@ def test_refusals_are_one_clear_line(name, tmp_path):
     with pytest.raises(error) as caught: call(tmp_path)
     assert message in str(caught.value), str(caught.value)
     assert '\n' not in str(caught.value)
+    assert not [p for p in tmp_path.iterdir() if p.name != 'bad.safetensors'], 'something was left behind'
 
-def weights(t): return [p.detach().clone() for p in (*t.posterior.drifts.parameters(), *t.average.parameters(), *t.objective.parameters())]
+def test_gradients_are_refused_in_inference_mode_and_made_without_grad():
+    with torch.no_grad(): assert guided(DPS()).shape == (2, 2)
+    with torch.no_grad(): assert trainer().fit(Y, 1, log=str).step == 1
+    with torch.inference_mode():
+        assert guided(MomentMatching()).shape == (2, 2)
+        for call in (lambda: guided(DPS()), lambda: guided(LikelihoodGradient()), lambda: trainer().fit(Y, 1)):
+            with pytest.raises(RuntimeError, match='use torch.no_grad'): call()
+
+@pytest.mark.parametrize('y', [np.array([[.9]]), [[.9]], np.array([[.9, 0.]])[:, ::-1][:, 1:], np.array([[.9]], dtype='>f4'),
+    torch.tensor([[.9]], dtype=torch.float64), torch.tensor([[.9]], requires_grad=True)], ids=str)
+def test_a_measurement_is_taken_as_it_comes(y):
+    "float64, numpy, lists, memory layouts, byte orders: the same samples to the bit"
+    posterior = plane().posterior([MomentMatching()])
+    samples = []
+    for v in (Y, y):
+        torch.manual_seed(0)
+        samples.append(posterior.sample(v, 3))
+    assert torch.equal(*samples)
+    assert trainer().fit(y, 2, log=str).history == trainer().fit(Y, 2, log=str).history
+
+def test_two_measurements_in_a_row_are_both_at_once():
+    "A posterior as a prior keeps its drift: simulating, scoring, RTB and evidence agree with one problem of both"
+    prior, rows = plane().prior, torch.tensor([[1., 0.], [.5, 1.]])
+    measure = lambda prior, i: InverseProblem(prior, Likelihood(Matrix(rows[i]), .3))
+    first = measure(prior, [0]).posterior([GaussianMatching()])
+    later = measure(first.given([[.9]]), [1])
+    torch.manual_seed(0)
+    bare = first.simulate([[.9]], 50)
+    torch.manual_seed(0)
+    again = first.given([[.9]]).simulate(50)
+    torch.testing.assert_close(bare.x, again.x, rtol=1e-5, atol=1e-5)
+    tau = later.posterior([]).simulate([[-.1]], 50)
+    both = Trajectories(tau.x, torch.tensor([[.9, -.1]]).expand(50, 2))
+    alone = Trajectories(tau.x, torch.tensor([[.9]]).expand(50, 1))
+    row = later.posterior([]).log_weight(tau) + first.log_weight(alone)
+    joint = measure(prior, [0, 1])
+    whole = joint.log_likelihood(tau.x0, both.y) - first.log_ratio(alone)
+    torch.testing.assert_close(row, whole, rtol=1e-4, atol=1e-3)
+    start = later.posterior([NetDrift(VectorNet(4, 2))])
+    fitted = Trainer(start, OnPolicy(start, 8)).fit([[-.1]], 2, log=str)
+    assert math.isfinite(fitted.history[-1]['elbo'])
+
+def test_half_precision_stays_in_the_network():
+    "The chain's numbers and the sums over pixels are those of the prior in single precision"
+    whole, half = load_prior('galaxies-32', 8), load_prior('galaxies-32', 8).to(torch.bfloat16)
+    assert half.chain.std.dtype == torch.float64 and torch.equal(whole.chain.std, half.chain.std)
+    torch.manual_seed(0)
+    tau = whole.simulate(4)
+    assert half.dtype == torch.float32 and half.start((2, 1, 32, 32)).sample().dtype == torch.float32
+    assert half.denoise(tau.x[3], 3).dtype == torch.float32
+    assert (half.denoise(tau.x[3], 3) - whole.denoise(tau.x[3], 3)).abs().mean() < .01
+    single, lossy = whole.log_prob(tau), half.log_prob(tau)
+    assert lossy.dtype == torch.float32 and (single - lossy).abs().max() < 5
+
+def test_images_need_not_be_square():
+    size = (1, 8, 16)
+    net = torch.nn.Conv2d(1, 1, 1)
+    class Net(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x, t): return self.net(x)
+    denoiser = VDenoiser(Net(), Cosine()).calibrate(torch.randn(8, *size)/4)
+    problem = InverseProblem(Diffusion(denoiser, size, 3), Likelihood(Mask(torch.rand(size) > .5), .1))
+    posterior = problem.posterior(image_drifts(problem, MomentMatching(.1), width=16, depth=1))
+    fitted = Trainer(posterior, OnPolicy(posterior, 4)).fit(problem.simulate(1)[1], 2, log=str)
+    assert fitted.averaged.sample(problem.simulate(1)[1], 2).shape == (2, *size)
+
+def test_a_posterior_can_be_pickled_and_copied():
+    guide = MomentMatching()
+    posterior = plane().posterior([Gate(guide), NetDrift(VectorNet(6, 2), GuideShift(guide))])
+    torch.manual_seed(0)
+    tau = posterior.simulate(Y, 3)
+    for twin in (pickle.loads(pickle.dumps(posterior)), copy.deepcopy(posterior)):
+        torch.testing.assert_close(twin.log_ratio(Trajectories(tau.x, tau.y)), posterior.log_ratio(tau))
+        assert twin.drifts[0].drift is twin.drifts[1].features[0].drift
+
+def test_drifts_go_where_the_problem_goes():
+    "One drift, another operator, noise or chain: what it reads is the step's"
+    drift = MomentMatching()
+    left, right = (InverseProblem(plane().prior, Likelihood(Mask(m), .1)) for m in ([1, 0], [0, 1]))
+    moved = left.posterior([drift]).under(right)
+    assert moved.drifts[0] is drift
+    torch.manual_seed(0)
+    a = moved.sample(Y, 200)
+    torch.manual_seed(0)
+    assert torch.equal(a, right.posterior([MomentMatching()]).sample(Y, 200))
+    longer = left.posterior([drift]).under(plane(30))
+    assert longer.steps == 30 and longer.sample(Y, 2).shape == (2, 2)
+
+def weights(t):
+    parts = *t.posterior.drifts.parameters(), *t.average.parameters(), *t.objective.parameters()
+    return [p.detach().clone() for p in parts]
+
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 def test_same_seed_same_bits():
@@ -141,6 +267,36 @@ def test_resumed_equals_unbroken(tmp_path):
 
 def interrupt(line): raise KeyboardInterrupt
 
+def test_a_checkpoint_knows_what_it_belongs_to(tmp_path):
+    path, said = tmp_path/'run.safetensors', []
+    trainer(path=path).fit(Y, 4, log=str)
+    trainer(path=path).resume().fit(Y, 4, log=said.append)
+    assert len(said) == 1 and 'has 4 iterations already: nothing to do' in said[0]
+    others = {'another y': dict(y=-Y), 'another noise': dict(noise_std=.2), 'another chain': dict(steps=12)}
+    for message, change in others.items():
+        y = change.pop('y', Y)
+        with pytest.raises(ValueError, match=message): trainer(path=path, **change).resume().fit(y, 8, log=str)
+    other = InverseProblem(plane().prior, Likelihood(Matrix(torch.tensor([[0., 1.]])), .1))
+    posterior, mine = learned(other), trainer(path=path)
+    mine.posterior, mine.problem = posterior, other
+    with pytest.raises(ValueError, match='another operator'): mine.resume().fit(Y, 8, log=str)
+    with pytest.raises(ValueError, match='another y'): trainer().fit(Y, 2, log=str).fit(2*Y, 4, log=str)
+    assert trainer(path=path).resume().step == 4, 'a refusal leaves the file as it is'
+
+def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
+    trainer(path=tmp_path/'run.safetensors').fit(Y, 2, log=str)
+    wide = plane().posterior([NetDrift(VectorNet(4, 2, width=32))])
+    with pytest.raises(ValueError) as caught: Trainer(wide, OnPolicy(wide, 8)).load(tmp_path/'run.safetensors')
+    assert '\n' not in str(caught.value) and 'does not fit' in str(caught.value)
+
+def test_paths_of_another_chain_are_not_trained_on():
+    t = trainer()
+    t.behaviour = OnPolicy(learned(plane(8)), 8)
+    with pytest.raises(ValueError, match='gives paths of 8 steps, the posterior has 10'): t.fit(Y, 2)
+
+def test_no_warmup():
+    assert trainer().fit(Y, 2, warmup=0, log=str).step == 2
+
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path/'state.safetensors'
     save_tensors(path, {'a': torch.ones(2)}, {'step': 1})
@@ -148,12 +304,14 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path):
     with pytest.raises(TypeError): save_tensors(path, {'a': torch.ones(2)}, {'step': object()})
     assert load_tensors(path)[1] == {'step': 1}
 
-@pytest.mark.parametrize('guard, message, skipped', [(None, '20 batches in a row were not finite', 20), (Guard(limit=3), '4 returns to a good state', 4)])
+BROKEN = [(None, '20 batches in a row were not finite', 20), (Guard(limit=3), '4 returns to a good state', 4)]
+
+@pytest.mark.parametrize('guard, message, skipped', BROKEN)
 def test_nonfinite_batches_are_skipped_and_counted(guard, message, skipped, tmp_path):
     t = trainer(guard=guard, path=tmp_path/'run.safetensors')
     class Broken(torch.nn.Module):
         def forward(self, y):
-            tau = t.posterior.simulate(8, y)
+            tau = t.posterior.simulate(y, 8)
             tau.x[3, 0] = math.nan
             return tau
     before = weights(t)
@@ -163,12 +321,11 @@ def test_nonfinite_batches_are_skipped_and_counted(guard, message, skipped, tmp_
     assert len(t.events) == (skipped if guard else 0)
 
 def test_batch_size_does_not_matter():
-    problem = plane()
-    posterior = Drifted(problem.prior, [MomentMatching(problem.likelihood, .25)])
+    posterior = plane().posterior([MomentMatching(.25)])
     torch.manual_seed(0)
-    tau = posterior.simulate(9, torch.randn(9, 1))
-    whole = problem.log_weight(tau, posterior)
-    single = torch.cat([problem.log_weight(tau[i:i+1], posterior) for i in range(9)])
+    tau = posterior.simulate(torch.randn(9, 1), 9)
+    whole = posterior.log_weight(tau)
+    single = torch.cat([posterior.log_weight(tau[i:i+1]) for i in range(9)])
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
 
 def test_chunked_gradient_is_the_full_one():
@@ -176,18 +333,19 @@ def test_chunked_gradient_is_the_full_one():
     torch.manual_seed(0)
     posterior = learned(problem)
     for p in posterior.drifts.parameters(): torch.nn.init.normal_(p, std=.2)
-    tau = posterior.simulate(16, Y)
-    grads = []
+    tau = posterior.simulate(Y, 16)
+    log_r, grads = problem.log_likelihood(tau.x0, tau.y), []
     for chunk in (16, 48, 10**6):
         posterior.drifts.zero_grad()
-        path_gradient(problem, posterior, RTB(), tau, problem.log_likelihood(tau), chunk=chunk)
+        path_gradient(posterior, RTB(), tau, log_r, chunk=chunk)
         grads.append(torch.cat([p.grad.flatten() for p in posterior.drifts.parameters()]))
     posterior.drifts.zero_grad()
-    RTB()(problem.log_weight(tau, posterior), tau.y).backward()
+    RTB()(posterior.log_weight(tau), tau.y).backward()
     full = torch.cat([p.grad.flatten() for p in posterior.drifts.parameters()])
     for g in grads: assert (g-full).norm() < 1e-5*full.norm()
 
 def test_log_prob_agrees_with_torch_distributions():
     mean, std, x = torch.randn(3, 2, 4, 4), .3, torch.randn(3, 2, 4, 4)
-    reference = torch.distributions.MultivariateNormal(mean.flatten(1).double(), .09*torch.eye(32).double()).log_prob(x.flatten(1).double())
+    q = torch.distributions.MultivariateNormal(mean.flatten(1).double(), .09*torch.eye(32).double())
+    reference = q.log_prob(x.flatten(1).double())
     torch.testing.assert_close(gaussian(mean, std).log_prob(x).double(), reference, rtol=1e-5, atol=1e-4)

@@ -2,19 +2,19 @@
 import math, os, random, signal, time
 import pytest, torch
 from rtb_nb.experiment import read_records, run_record
-from rtb_nb.explore import OnPolicy
+from rtb_nb.behaviours import OnPolicy
 from rtb_nb.objective import RTB, Adaptive, Huber, NetLogZ, Ramp, ScalarLogZ
 from rtb_nb.train import Diverged, Guard, Trainer
 from test_core import Y, learned, plane, same, trainer, weights
 
 refusals = {
-    'factor': (lambda: Guard(factor=.5), 'factor > 1'),
-    'shrink': (lambda: Guard(shrink=0), 'shrink in (0, 1]'),
-    'beta': (lambda: trainer(beta=0), 'beta must be positive, got 0'),
-    'ramp': (lambda: Ramp(0), 'at least one iteration'),
-    'adaptive': (lambda: Adaptive(fraction=1.), 'fraction must lie in (0, 1)'),
-    'bound': (lambda: Huber(0), 'bound must be positive, in nats, got 0'),
-    'wrong network': (lambda: NetLogZ(torch.nn.Flatten())(torch.zeros(3), torch.zeros(3, 2)), 'one number a measurement (3,), got (3, 2)'),
+    'factor': (lambda: Guard(factor=.5), 'factor must lie in (1, inf), got 0.5'),
+    'shrink': (lambda: Guard(shrink=0), 'shrink must lie in (0, 1], got 0'),
+    'beta': (lambda: trainer(beta=0), 'beta must be a positive number, got 0'),
+    'ramp': (lambda: Ramp(0), 'a ramp needs at least one'),
+    'adaptive': (lambda: Adaptive(fraction=1.), 'fraction must lie in (0, 1), got 1.0'),
+    'bound': (lambda: Huber(0), 'bound must be a positive number, got 0: it is in nats'),
+    'wrong network': (lambda: NetLogZ(torch.nn.Flatten())(torch.zeros(3), torch.zeros(3, 2)), 'one number per measurement (3,), got (3, 2)'),
 }
 
 @pytest.mark.parametrize('name', refusals)
@@ -26,7 +26,7 @@ def test_refusals_are_one_clear_line(name):
 def test_an_exploded_batch_goes_back_to_the_good_state():
     t = trainer()
     t.fit(Y, 4, every=2, log=str)
-    good, rate = {k: v.clone() for k, v in t.good.items()}, t.rate
+    good, rate = {k: v.clone() for k, v in t.last_good.items()}, t.rate
     with torch.no_grad():
         for p in t.learned: p.add_(100.)
     t.iterate(Y)
@@ -36,27 +36,26 @@ def test_an_exploded_batch_goes_back_to_the_good_state():
 def test_a_run_given_up_leaves_a_record_and_its_last_good_checkpoint(tmp_path):
     path = tmp_path/'run.safetensors'
     def run():
-        problem = plane(noise_std=1e-3)
         torch.manual_seed(0)
-        posterior = learned(problem)
-        t = Trainer(problem, posterior, OnPolicy(posterior, 8), RTB(ScalarLogZ(0.), bound=None), clip=math.inf,
-            opt=torch.optim.Adam(posterior.drifts.parameters(), lr=10.), guard=Guard(factor=2., floor=0., limit=1, shrink=1.), path=path)
+        posterior = learned(plane(noise_std=1e-3))
+        t = Trainer(posterior, OnPolicy(posterior, 8), RTB(ScalarLogZ(0.), bound=None), clip=math.inf,
+            opt=torch.optim.Adam(posterior.drifts.parameters(), lr=10.), path=path,
+            guard=Guard(factor=2., floor=0., limit=1, shrink=1.))
         return dict(elbo=t.fit(Y, 200, log=str).history[-1]['elbo'])
     rec = run_record(tmp_path/'runs.jsonl', dict(row='RTB'), 0, run)
     assert rec['diverged'] and 'returns to a good state' in rec['error'] and str(path) in rec['error']
     assert read_records(tmp_path/'runs.jsonl')[0]['diverged']
-    problem = plane(noise_std=1e-3)
-    posterior = learned(problem)
-    back = Trainer(problem, posterior, OnPolicy(posterior, 8), RTB(ScalarLogZ(0.), bound=None), path=path).resume()
+    posterior = learned(plane(noise_std=1e-3))
+    back = Trainer(posterior, OnPolicy(posterior, 8), RTB(ScalarLogZ(0.), bound=None), path=path).resume()
     assert back.events and all(torch.isfinite(p).all() for p in back.learned)
 
 def test_more_of_the_likelihood_is_no_explosion():
     "At the prior's own paths the residuals are beta times those of log r: a hundredfold beta is no divergence"
-    problem = plane()
-    posterior = learned(problem)
+    posterior = learned(plane())
     opt = torch.optim.Adam(posterior.drifts.parameters(), lr=0.)
     beta = lambda step, log_r, y: .001 if step < 3 else 1.
-    t = Trainer(problem, posterior, OnPolicy(posterior, 64), opt=opt, beta=beta, guard=Guard(floor=0.)).fit(Y, 6, log=str)
+    t = Trainer(posterior, OnPolicy(posterior, 64), opt=opt, beta=beta, guard=Guard(floor=0.))
+    t.fit(Y, 6, log=str)
     assert not t.events and t.history[-1]['std'] > 100*t.history[0]['std']
 
 def test_asked_to_end_it_saves_and_leaves(tmp_path):
