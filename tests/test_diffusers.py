@@ -6,7 +6,8 @@ pytest.importorskip('diffusers')
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from diffusers.schedulers import scheduling_ddpm
 from rtb_nb.denoise import VDenoiser
-from rtb_nb.diffusion import Diffusion, Drift, Drifted
+from rtb_nb.diffusion import Diffusion, Drifted
+from rtb_nb.posterior import Drift
 from rtb_nb.priors import from_diffusers, pretrained_denoiser, respaced
 from rtb_nb.schedule import Cosine
 
