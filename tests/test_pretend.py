@@ -96,15 +96,15 @@ def trainer(device, path):
     posterior = problem.posterior(image_drifts(problem, guide)).to(device)
     buffer = Buffer(16, posterior.shape, y.shape[1:], device=device)
     behaviour = Mixture(OnPolicy(posterior, 4, buffer), Replay(posterior, buffer, 2, d=1))
-    return y, Trainer(posterior, behaviour, RTB(ScalarLogZ(0.)), path=path, every=2)
+    return y, Trainer(posterior, behaviour, RTB(ScalarLogZ(0.)), path=path)
 
 def test_training_goes_on_from_its_checkpoint(device, tmp_path):
     y, whole = trainer(device, tmp_path/'whole.safetensors')
-    whole.fit(y, 4, log=str)
+    whole.fit(y, 4, every=2, log=str)
     y, first = trainer(device, tmp_path/'parts.safetensors')
-    first.fit(y, 2, log=str)
+    first.fit(y, 2, every=2, log=str)
     y, second = trainer(device, tmp_path/'parts.safetensors')
-    second.resume().fit(y, 4, log=str)
+    second.resume().fit(y, 4, every=2, log=str)
     assert [h['elbo'] for h in second.history] == [h['elbo'] for h in whole.history]
     for p, q in zip(second.learned, whole.learned): assert torch.equal(p.cpu(), q.cpu())
     x, numbers = evaluate(second.averaged, y, 4)
