@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from .denoise import GaussianDenoiser, MixtureDenoiser
-from .diffusion import Diffusion, Drift, Posterior, Trajectories, repeat_y
+from .diffusion import Diffusion, Trajectories, repeat_y
+from .posterior import Drift, Posterior
 from .likelihood import InverseProblem
 from .schedule import check_whole
 

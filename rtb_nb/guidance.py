@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .denoise import GaussianDenoiser, bcast, safe_alpha
-from .diffusion import Drift, Step, gradients
+from .posterior import Drift, Step, gradients
 from .schedule import check_number, check_whole
 
 # %% ../nbs/10_guidance.ipynb #d0d48897

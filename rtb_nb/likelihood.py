@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from torch.distributions import (AffineTransform, Distribution, Independent, Poisson,
     TransformedDistribution)
 from .deepinv import as_operator, noise_of
-from .diffusion import Diffusion, Posterior, Trajectories, gaussian
+from .diffusion import Diffusion, Trajectories, gaussian
+from .posterior import Posterior
 from .schedule import check_number
 
 # %% ../nbs/09_likelihood.ipynb #0aae3bdf

@@ -9,7 +9,7 @@ __all__ = ['groups', 'VarGrad', 'ScalarLogZ', 'NetLogZ', 'Huber', 'Clamp', 'RTB'
 import math
 import torch
 from torch import nn, Tensor
-from .diffusion import Posterior
+from .posterior import Posterior
 from .schedule import check_number, check_whole
 
 # %% ../nbs/13_objective.ipynb #886aed1b

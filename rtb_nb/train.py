@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, flat_state, load_state,
     load_tensors, save_tensors)
-from .diffusion import Posterior, Trajectories, gradients
+from .diffusion import Trajectories
+from .posterior import Posterior, gradients
 from .drifts import NetDrift
 from .guidance import (Gate, GuideShift, LikelihoodGradient, likelihood_slope,
     measurement_feature)

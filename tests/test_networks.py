@@ -6,7 +6,8 @@ from torch import nn
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.checkpoints import flat_state, load_state, load_tensors, save_tensors
 from rtb_nb.denoise import GaussianDenoiser, VDenoiser
-from rtb_nb.diffusion import Diffusion, Posterior
+from rtb_nb.diffusion import Diffusion
+from rtb_nb.posterior import Posterior
 from rtb_nb.drifts import EvidenceNet, FineTuned, LoRA, NetDrift
 from rtb_nb.guidance import Gate, GuideShift, MomentMatching, measurement_feature
 from rtb_nb.likelihood import InverseProblem, Likelihood
