@@ -39,16 +39,17 @@ def _value_range(low, high) -> tuple: # floats
 # %% ../nbs/15a_distances.ipynb #a42bd689
 def psnr(x, truth, # (B, C, H, W), and as many or one
     low=-1., high=1. # what black and white are
-    ) -> Tensor: # (B,), in decibels
+    ) -> Tensor: # (B,), in decibels; nan where a pixel is not finite
     "Peak signal-to-noise ratio: 10 log10 of range^2 over the mean squared error"
     low, high = _value_range(low, high)
     x, truth = (as_double(v) for v in _paired_images(x, truth))
-    return 10*torch.log10((high-low)**2/(x-truth).square().flatten(1).mean(1))
+    mse = (x-truth).square().flatten(1).mean(1)
+    return 10*torch.log10((high-low)**2/mse.masked_fill(mse == math.inf, math.nan))
 
 # %% ../nbs/15a_distances.ipynb #57f90137
 def ssim(x, truth, # (B, C, H, W), and as many or one; sides of at least 11
     low=-1., high=1. # what black and white are
-    ) -> Tensor: # (B,), at most 1
+    ) -> Tensor: # (B,), at most 1; nan where a pixel is not finite
     "Structural similarity (Wang et al. 2004) in Gaussian windows, 11 x 11 and 1.5 pixels wide"
     low, high = _value_range(low, high)
     x, y = (as_double(v) - low for v in _paired_images(x, truth))
@@ -257,8 +258,8 @@ def mode_weights(x, # samples (n, D)
     means # (M, D)
     ) -> Tensor: # (M,), sums to 1; nan where a sample is not finite
     "Share of the samples that lie nearest to each mode"
-    x = as_values(x)
-    means = as_values(means).to(x.device)
+    x = as_values(x, 0)
+    means = as_values(means, 0).to(x.device)
     if x.ndim != 2 or means.ndim != 2 or x.shape[1] != means.shape[1]:
         raise ValueError('mode_weights takes samples (n, D) and means (M, D), '
                          f'got {tuple(x.shape)} and {tuple(means.shape)}')

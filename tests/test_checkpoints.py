@@ -97,11 +97,12 @@ def test_using_a_prior_does_not_change_it():
 def test_the_part_that_differs_is_named():
     stored = fingerprint(prior=1, y=2)
     check_fingerprint(stored, fingerprint(prior=1, y=2), 'run')
-    for other, words in [(dict(prior=1, y=3), 'run was trained with another y: give another path'),
-                         (dict(prior=1), 'run was trained with another y'),
-                         (dict(prior=1, y=2, noise=.1), 'run was trained with another noise')]:
-        with pytest.raises(ValueError) as e: check_fingerprint(stored, fingerprint(**other), 'run')
-        assert words in str(e.value) and '\n' not in str(e.value)
+    for other, part in [(dict(prior=1, y=3), 'y'), (dict(prior=1), 'y'),
+                        (dict(prior=1, y=2, noise=.1), 'noise')]:
+        now = fingerprint(**other)
+        with pytest.raises(ValueError) as e: check_fingerprint(stored, now, 'run')
+        assert str(e.value).startswith(f'run was trained with another {part}: give another')
+        assert '\n' not in str(e.value)
 
 # ---- files
 
@@ -132,6 +133,7 @@ KINDS = {'Adam': (torch.optim.Adam, {}), 'AdamW': (torch.optim.AdamW, dict(weigh
 
 @pytest.mark.parametrize('name', KINDS)
 def test_optimisers_come_back(name):
+    "To the bit, and without sharing tensors with what they were loaded from"
     kind, kw = KINDS[name]
     torch.manual_seed(0)
     a, b = VectorNet(2, 2, width=8), VectorNet(2, 2, width=8)
@@ -154,7 +156,8 @@ def corrupt(d):
 adam, sgd = torch.optim.Adam, torch.optim.SGD
 net, wide = VectorNet(2, 2, width=8), VectorNet(2, 2, width=16)
 refusals = {
-    'width': (into(net, wide), 'does not fit this VectorNet: body.0.bias has shape (16,) there'),
+    'width': (into(net, wide),
+        'does not fit this VectorNet: body.0.bias has shape (16,) there and (8,) here'),
     'depth': (into(net, VectorNet(2, 2, width=8, depth=3)), 'body.2.bias is there alone'),
     'another network': (into(net, UNet(8, widths=(8,))), 'does not fit this VectorNet'),
     'optimiser': (into(sgd(net.parameters(), momentum=.9), optimiser(adam, net)),
@@ -164,7 +167,7 @@ refusals = {
     'width of an optimiser': (into(adam(net.parameters()), optimiser(adam, wide)),
         'does not fit this Adam'),
     'fewer parameters': (into(adam(list(net.parameters())[:3]), optimiser(adam, net)),
-        'the checkpoint has optimiser state of 15 parameters, this Adam is of 3'),
+        'the checkpoint has optimiser state of 14 parameters, this Adam is of 3'),
     'no file': (lambda d: load_tensors(d/'none'), 'there is no file'),
     'a folder': (lambda d: load_tensors(d), 'there is no file'),
     'no checkpoint': (corrupt, 'is not a safetensors file that rtb_nb wrote'),

@@ -398,7 +398,7 @@ bad_input = {
     'sparse nan': (lambda: SparseMatrix(sparse([[1., np.nan]])),
                    '1 entries that are not finite'),
     'complex sparse': (lambda: SparseMatrix(sparse(np.eye(2)*1j)), 'must be real and sparse'),
-    'dense': (lambda: SparseMatrix(np.eye(2)), 'got ndarray: use Matrix for dense ones'),
+    'dense': (lambda: SparseMatrix(np.eye(2)), 'got ndarray: use Matrix if dense'),
     'misfit': (lambda: SparseMatrix(sparse(np.eye(2)), 3),
                'a matrix (2, 2) cannot map (3,) to (2,)'),
     'offset nan': (lambda: Matrix([[1.]], offset=torch.nan),
