@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 import torch
 from torch import nn, Tensor
-from .diffusion import Posterior, Trajectories
+from .diffusion import Trajectories
+from .posterior import Posterior
 from .schedule import check_number, check_whole
 
 # %% ../nbs/12_behaviours.ipynb #6a98b4b0

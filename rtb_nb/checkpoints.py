@@ -59,12 +59,13 @@ def flat_state(state:dict, prefix='') -> tuple: # tensors and the other values, 
 
 # %% ../nbs/04b_checkpoints.ipynb #ce2cd950
 def _remembered(opt) -> dict: # shape of each memory of a parameter of shape (2, 3)
-    "What an optimiser keeps for each parameter, by name"
+    "What an optimiser keeps for each parameter, by name; empty if it will not step alone"
     probe = nn.Parameter(torch.zeros(2, 3))
     probe.grad = torch.ones(2, 3)
     known = inspect.signature(type(opt)).parameters
     twin = type(opt)([probe], **{k: v for k, v in opt.defaults.items() if k in known})
-    twin.step()
+    try: twin.step()
+    except TypeError: return {} # it asks for a closure
     return {k: tuple(v.shape) for k, v in twin.state[probe].items() if isinstance(v, Tensor)}
 
 def _misfit(here:dict, there:dict) -> str: # empty where all is well
@@ -90,18 +91,18 @@ def load_state(target, # an optimiser or a module
     state, per = target.state_dict(), {}
     for k, v in mine.items():
         _, i, name = k.split('.', 2)
-        per.setdefault(int(i), {})[name] = v
+        per.setdefault(int(i), {})[name] = v.clone() # the optimiser will change it in place
     params = [p for g in target.param_groups for p in g['params']]
     if len(per) not in (0, len(params)) or any(i >= len(params) for i in per):
         raise ValueError(f'the checkpoint has optimiser state of {len(per)} parameters, '
             f'this {kind} is of {len(params)}')
     names = _remembered(target) if per else {}
     for i, memory in per.items():
-        if memory.keys() != names.keys():
+        if names and memory.keys() != names.keys():
             raise ValueError(f'the checkpoint is of another optimiser than this {kind}: '
                 f'it holds {sorted(memory)}, not {sorted(names)}')
         for name, v in memory.items():
-            if names[name] == (2, 3) and v.shape != params[i].shape:
+            if names.get(name) == (2, 3) and v.shape != params[i].shape:
                 raise ValueError(f'the checkpoint does not fit this {kind}: its {name} {i} has '
                     f'shape {tuple(v.shape)}, the parameter {tuple(params[i].shape)}')
     target.load_state_dict({'state': per, 'param_groups': state['param_groups']})

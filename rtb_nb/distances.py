@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .evidence import as_floats, as_values
+from .evidence import as_double, as_floats, as_values
 from .schedule import check_number, check_whole
 
 # %% ../nbs/15a_distances.ipynb #a94a023d
@@ -39,19 +39,20 @@ def _value_range(low, high) -> tuple: # floats
 # %% ../nbs/15a_distances.ipynb #a42bd689
 def psnr(x, truth, # (B, C, H, W), and as many or one
     low=-1., high=1. # what black and white are
-    ) -> Tensor: # (B,), in decibels
+    ) -> Tensor: # (B,), in decibels; nan where a pixel is not finite
     "Peak signal-to-noise ratio: 10 log10 of range^2 over the mean squared error"
     low, high = _value_range(low, high)
-    x, truth = (v.double() for v in _paired_images(x, truth))
-    return 10*torch.log10((high-low)**2/(x-truth).square().flatten(1).mean(1))
+    x, truth = (as_double(v) for v in _paired_images(x, truth))
+    mse = (x-truth).square().flatten(1).mean(1)
+    return 10*torch.log10((high-low)**2/mse.masked_fill(mse == math.inf, math.nan))
 
 # %% ../nbs/15a_distances.ipynb #57f90137
 def ssim(x, truth, # (B, C, H, W), and as many or one; sides of at least 11
     low=-1., high=1. # what black and white are
-    ) -> Tensor: # (B,), at most 1
+    ) -> Tensor: # (B,), at most 1; nan where a pixel is not finite
     "Structural similarity (Wang et al. 2004) in Gaussian windows, 11 x 11 and 1.5 pixels wide"
     low, high = _value_range(low, high)
-    x, y = (v.double() - low for v in _paired_images(x, truth))
+    x, y = (as_double(v) - low for v in _paired_images(x, truth))
     if min(x.shape[-2:]) < 11:
         raise ValueError('ssim needs sides of at least 11 pixels for its window, '
                          f'got {tuple(x.shape[-2:])}')
@@ -133,7 +134,7 @@ def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event s
     n_projections=128, seed=0
     ) -> Tensor: # a scalar, in the samples' units; nan where a sample is not finite
     "Root mean square over random directions of the Wasserstein-2 distance of the projections"
-    x, y = (torch.as_tensor(v).detach().double() for v in (x, y))
+    x, y = as_double(x), as_double(y)
     if x.ndim < 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
         raise ValueError('x and y must be non-empty samples (n, ...) of one shape, '
                          f'got {tuple(x.shape)} and {tuple(y.shape)}')
@@ -171,7 +172,7 @@ def _gaussian_fit(x, features, chunk) -> tuple: # mean (F,), and R (., F): R'R i
     if x.ndim != 2 or len(x) < 2:
         raise ValueError('frechet_distance needs two or more vectors (n, F), '
                          f'got {tuple(x.shape)}: give `features`, which answers (B, F)')
-    x = x.double()
+    x = as_double(x)
     if not (whole and x.isfinite().all()): return x[0], torch.full_like(x, math.nan)
     mean = x.mean(0)
     return mean, torch.linalg.qr((x-mean)/(len(x)-1)**.5)[1]
@@ -257,8 +258,8 @@ def mode_weights(x, # samples (n, D)
     means # (M, D)
     ) -> Tensor: # (M,), sums to 1; nan where a sample is not finite
     "Share of the samples that lie nearest to each mode"
-    x = as_values(x)
-    means = as_values(means).to(x.device)
+    x = as_values(x, 0)
+    means = as_values(means, 0).to(x.device)
     if x.ndim != 2 or means.ndim != 2 or x.shape[1] != means.shape[1]:
         raise ValueError('mode_weights takes samples (n, D) and means (M, D), '
                          f'got {tuple(x.shape)} and {tuple(means.shape)}')

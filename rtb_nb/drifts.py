@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call
-from .diffusion import Drift, Step
+from .posterior import Drift, Step
 from .networks import zero_
 from .schedule import check_number, check_whole
 

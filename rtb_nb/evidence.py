@@ -15,9 +15,14 @@ from torch import Tensor
 from .schedule import check_whole
 
 # %% ../nbs/15_evidence.ipynb #ca045103
+def as_double(values) -> Tensor:
+    "The values in double precision: on the CPU where their device has none"
+    v = torch.as_tensor(values).detach()
+    return (v.cpu() if v.device.type == 'mps' else v).double()
+
 def as_values(values, dim=-1) -> Tensor: # float64
     "The values in double precision, refused where they are empty along `dim`"
-    v = torch.as_tensor(values).detach().double()
+    v = as_double(values)
     if v.ndim == 0 or v.shape[dim] == 0:
         raise ValueError(f'need at least one value along dimension {dim}, '
                          f'got shape {tuple(v.shape)}')
@@ -96,7 +101,7 @@ def residual_chi2(y, # measurement, (B, ...) or (1, ...)
     noise_std # in units of y; a number, or a tensor that broadcasts with y
     ) -> Tensor: # (B,)
     "Reduced chi2 of each sample's residual: |y - A x|^2 / (m sigma^2)"
-    y, mean, noise_std = (torch.as_tensor(v).detach().double() for v in (y, mean, noise_std))
+    y, mean, noise_std = (as_double(v) for v in (y, mean, noise_std))
     bad = noise_std[~((noise_std > 0) & noise_std.isfinite())]
     if len(bad):
         raise ValueError('noise_std must be positive and finite, in units of y, '
@@ -111,7 +116,7 @@ def posterior_mean_error(samples, # (n, ...)
     truth # (...) or (1, ...)
     ) -> Tensor: # a scalar, in the samples' units
     "Root mean square over pixels of the samples' mean minus the truth"
-    samples, truth = (torch.as_tensor(v).detach().double() for v in (samples, truth))
+    samples, truth = as_double(samples), as_double(truth)
     if samples.ndim < 2 or not len(samples):
         raise ValueError(f'samples must be (n, ...), one at least, got {tuple(samples.shape)}')
     shape = samples.shape[1:]
@@ -132,7 +137,7 @@ def diversity(samples, # of one measurement, (n, ...)
         raise ValueError('diversity needs at least two samples (n, ...), '
                          f'got shape {tuple(samples.shape)}')
     if distance is None:
-        return F.pdist(samples.flatten(1).double()).mean()/samples[0].numel()**.5
+        return F.pdist(as_double(samples).flatten(1)).mean()/samples[0].numel()**.5
     i, j = torch.triu_indices(n, n, 1)
     pairs = zip(i.split(chunk), j.split(chunk))
     return torch.cat([distance(samples[a], samples[b]) for a, b in pairs]).mean()
@@ -161,7 +166,7 @@ def score_samples(problem, # an `InverseProblem`
     parts = x.split(chunk)
     log_r = [problem.log_likelihood(part, y) for part in parts]
     numbers = dict(e_log_r=as_values(torch.cat(log_r)).mean(),
-                   pixel_std=x.double().std(0).mean() if n > 1 else None,
+                   pixel_std=as_double(x).std(0).mean() if n > 1 else None,
                    diversity=diversity(x) if n > 1 else None)
     if problem.likelihood.std is not None:
         chi2 = [residual_chi2(y, problem.operator(part), problem.noise_std) for part in parts]
@@ -171,7 +176,7 @@ def score_samples(problem, # an `InverseProblem`
         numbers['mean_error'] = posterior_mean_error(x, truth)
         truth = truth.reshape(1, *shape)
         numbers['truth_log_r'] = problem.log_likelihood(truth, y).sum()
-        numbers['error'] = (x-truth).double().square().mean().sqrt()
+        numbers['error'] = as_double(x-truth).square().mean().sqrt()
         if perceptual:
             numbers['lpips'] = torch.cat([perceptual(part, truth) for part in parts]).mean()
     return as_floats(numbers)
@@ -221,4 +226,4 @@ def reweighted(x, # samples (n, ...)
     share = log_w.softmax(0).cumsum(0)
     shift = torch.rand((), dtype=share.dtype, device=share.device)
     at = (torch.arange(len(x), device=share.device) + shift)/len(x)
-    return x[torch.searchsorted(share, at).clamp(max=len(x)-1)]
+    return x[torch.searchsorted(share, at).clamp(max=len(x)-1).to(x.device)]

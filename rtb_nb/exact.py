@@ -12,25 +12,27 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from .denoise import GaussianDenoiser, MixtureDenoiser
-from .diffusion import Diffusion, Drift, Posterior, Trajectories, repeat_y
+from .diffusion import Diffusion, Trajectories, repeat_y
+from .posterior import Drift, Posterior
 from .likelihood import InverseProblem
 from .schedule import check_whole
 
 # %% ../nbs/09a_exact.ipynb #b094b126
 def one_measurement(problem:InverseProblem, y) -> Tensor: # (1, ...)
-    "The measurement of a linear problem, refused if there are several or the operator is not linear"
+    "The measurement of a linear problem, refused if there are several or no matrix"
     if not hasattr(problem.operator, 'matrix'):
         raise ValueError('a closed form needs a linear operator with a matrix, '
             f'got {type(problem.operator).__name__}')
     y = problem.measurement(y)
-    if len(y) != 1: raise ValueError(f'a closed form takes one measurement (1, ...), got {len(y)}')
+    if len(y) != 1:
+        raise ValueError(f'a closed form takes one measurement (1, ...), got {len(y)}')
     return y
 
 # %% ../nbs/09a_exact.ipynb #e34fdeb6
 class ExactChain:
     "One measurement of a Gaussian prior through a linear operator, in closed form on the chain"
     def __init__(self, problem:InverseProblem, y, # one measurement (1, ...)
-        keep=True # every step's matrices, 2 K D^2 numbers, which all methods but `posterior` need
+        keep=True # every step's matrices, 2 K D^2 numbers, for all methods but `posterior`
         ):
         prior, op, y = problem.prior, problem.operator, one_measurement(problem, y)
         if not isinstance(prior.denoiser, GaussianDenoiser):
@@ -46,7 +48,7 @@ class ExactChain:
         self.F = c.c0[:, None]*gain + c.c1[:, None] # diagonals
         self.f = c.c0[:, None]*(1 - alpha[:, None]*gain)*m
         self.s2, self.s0 = c.std**2, c.sigma[0]**2
-        self.means, self.vars = [torch.zeros_like(m)], [self.s0*torch.ones_like(m)] # every level's
+        self.means, self.vars = [torch.zeros_like(m)], [self.s0*torch.ones_like(m)] # all levels
         for F, f, s2 in zip(self.F, self.f, self.s2):
             self.means.append(F*self.means[-1] + f)
             self.vars.append(F**2*self.vars[-1] + s2)
@@ -113,7 +115,8 @@ class ExactPosterior(Diffusion):
         # V L is a square root but not lower triangular: QR of its transpose makes it so
         R = torch.linalg.qr(scale.T)[1]
         lower = (R*R.diagonal().sign()[:, None]).T.to(x)
-        return MultivariateNormal(mu + e.mean_shift(mu, k), scale_tril=lower, validate_args=False)
+        mean = mu + e.mean_shift(mu, k)
+        return MultivariateNormal(mean, scale_tril=lower, validate_args=False)
     def log_ratio(self, tau) -> Tensor: # (B,) in nats
         "log q(tau) - log p(tau)"
         return self.log_prob(tau) - self.prior.log_prob(tau)
@@ -166,13 +169,14 @@ def paths(self:ExactChain, n:int # number of paths
 
 # %% ../nbs/09a_exact.ipynb #9c601a01
 class ExactMixture:
-    "Posterior and evidence of a mixture prior (with the chain's last noise) and a linear operator"
+    "Posterior and evidence of a mixture prior, last noise included, and a linear operator"
     def __init__(self, problem:InverseProblem, y # one measurement (1, ...)
         ):
         prior, op, y = problem.prior, problem.operator, one_measurement(problem, y)
         d, var = prior.denoiser, problem.noise_std**2
         if not isinstance(d, MixtureDenoiser):
-            raise ValueError(f'ExactMixture needs a MixtureDenoiser prior, got {type(d).__name__}')
+            raise ValueError('ExactMixture needs a MixtureDenoiser prior, '
+                f'got {type(d).__name__}')
         A, s2 = op.matrix().double(), (d.stds**2 + prior.last_noise**2)[:, None, None]
         I = lambda n: torch.eye(n).to(A)
         offset = op(d.means.new_zeros(1, *prior.shape))

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .denoise import GaussianDenoiser, bcast, safe_alpha
-from .diffusion import Drift, Step, gradients
+from .posterior import Drift, Step, gradients
 from .schedule import check_number, check_whole
 
 # %% ../nbs/10_guidance.ipynb #d0d48897
@@ -33,8 +33,8 @@ class Guidance(Drift):
     def guessing(self, step:Step) -> nn.Module:
         "The denoiser behind the step's guess, or a clear refusal"
         if step.denoiser is None:
-            raise ValueError(f'{type(self).__name__} needs the denoiser of the prior, and the guess of '
-                'a posterior has none: give it as a prior to drifts that need none')
+            raise ValueError(f'{type(self).__name__} needs the denoiser of the prior, and the '
+                'guess of a posterior has none: use a drift that needs none')
         return step.denoiser
 
 # %% ../nbs/10_guidance.ipynb #29123aea
@@ -56,12 +56,15 @@ def end_as_drift(self:Step, delta:Tensor # how far to move the guess of the end 
     return self.as_drift(delta)*self.sigma**2/self.noise_of_end()
 
 # %% ../nbs/10_guidance.ipynb #fb294502
-def white_error(alpha, sigma2, variance):
-    "Error of the best guess of white data of this variance, seen through noise of variance sigma2"
+def white_error(alpha, sigma2, # of the level: signal, and variance of the noise
+    variance # of a pixel of the data
+    ):
+    "Error of the best guess of white data of this variance, seen through noise"
     return sigma2*variance/(sigma2 + alpha**2*variance)
 
 @patch
-def error_of_end(self:Step, variance=None # pixel variance of white data; None: the denoiser's error
+def error_of_end(self:Step,
+    variance=None # pixel variance of white data; None: the denoiser's own error
     ) -> Tensor: # r^2, shaped to multiply `x`
     "Mean squared error of the guess of the end, per pixel"
     end, s2 = self.end**2, self.noise_of_end()
@@ -70,8 +73,9 @@ def error_of_end(self:Step, variance=None # pixel variance of white data; None: 
     return (s2/self.sigma**2)**2*error + end*s2/self.sigma**2
 
 class MomentMatching(Guidance):
-    "Jacobian-free moment matching: the guess moved by the measurement, if it errs by white noise"
-    def __init__(self, variance=None # v, the prior's pixel variance; None: the denoiser's own error
+    "Jacobian-free moment matching: the guess moved as if it erred by white noise"
+    def __init__(self,
+        variance=None # v, the prior's pixel variance; None: the denoiser's own error
         ):
         super().__init__()
         if variance is not None: variance = check_number('variance', variance, '(0, inf)',
@@ -92,7 +96,8 @@ class MomentMatching(Guidance):
 # %% ../nbs/10_guidance.ipynb #00054a8a
 class GaussianMatching(Guidance):
     "The exact E[x[K] | x_t, y] of a Gaussian prior and a linear operator"
-    def __init__(self, denoiser:GaussianDenoiser=None # whose covariance counts; None: the step's
+    def __init__(self,
+        denoiser:GaussianDenoiser=None # whose covariance counts; None: the step's
         ):
         super().__init__()
         if not isinstance(denoiser, GaussianDenoiser|None):
@@ -100,12 +105,14 @@ class GaussianMatching(Guidance):
                 f'got {type(denoiser).__name__}')
         self.denoiser, self.gains = denoiser, weakref.WeakKeyDictionary()
     def __getstate__(self): return {**self.__dict__, 'gains': None} # a copy makes its own
-    def __setstate__(self, state): super().__setstate__({**state, 'gains': weakref.WeakKeyDictionary()})
+    def __setstate__(self, state):
+        super().__setstate__({**state, 'gains': weakref.WeakKeyDictionary()})
     def gain(self, denoiser, likelihood, a:float, s2:float, end:float) -> Tensor: # (D, m)
         "What a unit of residual moves the end by, at one level"
         gains, key = self.gains.setdefault(likelihood, {}), (id(denoiser), a, s2, end)
         if key not in gains:
-            A, v = likelihood.operator.matrix().double() @ denoiser.vectors, denoiser.values + end**2
+            A = likelihood.operator.matrix().double() @ denoiser.vectors
+            v = denoiser.values + end**2
             AC = A*(v*s2/(a**2*v + s2))
             S = AC @ A.T + likelihood.noise_std**2*torch.eye(len(AC)).to(AC)
             gains[key] = denoiser.vectors @ torch.cholesky_solve(AC, torch.linalg.cholesky(S)).T
@@ -114,7 +121,8 @@ class GaussianMatching(Guidance):
         "How far the measurement moves the guess of the end"
         (y, likelihood), denoiser = self.measured(step), self.denoiser or self.guessing(step)
         if not isinstance(denoiser, GaussianDenoiser):
-            raise ValueError(f'GaussianMatching needs a GaussianDenoiser, got {type(denoiser).__name__}')
+            raise ValueError('GaussianMatching needs a GaussianDenoiser, '
+                f'got {type(denoiser).__name__}')
         residual = (y - likelihood.operator(step.guess_of_end())).flatten(1)
         a, s2 = (c.flatten().expand(len(residual)) for c in (step.alpha, step.noise_of_end()))
         out = torch.empty_like(step.x).flatten(1)
@@ -139,7 +147,7 @@ def convolved_score(operator, x, y, # (B, ...), the operator's offset included
     return operator.adjoint(operator.gram_solve(residual, a, b))
 
 class CLA(Guidance):
-    "Convolved likelihood approximation: the measurement blurred by the noise of x_t (Adam et al. 2022)"
+    "Convolved likelihood approximation (Adam et al. 2022): y blurred by the noise of x_t"
     def score(self, step:Step) -> Tensor: # (B, ...)
         "Gradient of log p_t(y | x_t) in x_t"
         y, likelihood = self.measured(step)
@@ -157,7 +165,7 @@ def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
         return torch.autograd.grad(value(denoiser(x, step.t)), x)[0]
 
 class PiGDM(Guidance):
-    "Pseudo-inverse guidance (Song et al. 2023): moment matching pulled back through the denoiser"
+    "Pseudo-inverse guidance (Song et al. 2023): moment matching through the denoiser"
     def __init__(self, variance:float # v, the prior's pixel variance
         ):
         super().__init__()
@@ -166,14 +174,15 @@ class PiGDM(Guidance):
     def move(self, step:Step) -> Tensor: # (B, ...) in the data's units
         "How far the measurement moves the guess of the clean image"
         (y, likelihood), denoiser = self.measured(step), self.guessing(step)
-        op, r2 = likelihood.operator, white_error(step.alpha, step.sigma**2, self.variance).flatten()
-        weighed = op.adjoint(op.gram_solve(y - op(step.x0_hat), r2, likelihood.noise_std**2)).detach()
+        op, r2 = likelihood.operator, white_error(step.alpha, step.sigma**2, self.variance)
+        solved = op.gram_solve(y - op(step.x0_hat), r2.flatten(), likelihood.noise_std**2)
+        weighed = op.adjoint(solved).detach()
         g = _guess_gradient(step, denoiser, lambda x0: (x0*weighed).sum(), 'PiGDM')
         return g*step.sigma**2/safe_alpha(step.alpha)
     def forward(self, step): return step.as_drift(self.move(step))
 
 class DPS(Guidance):
-    "Diffusion posterior sampling (Chung et al. 2023): down the gradient of each sample's residual norm"
+    "Diffusion posterior sampling (Chung et al. 2023): down the gradient of the residual's norm"
     linear = False
     def __init__(self, scale=.5 # zeta, in the data's units per step; tune it to the problem
         ):
@@ -206,14 +215,15 @@ class LikelihoodGradient(Guidance):
 
 # %% ../nbs/10_guidance.ipynb #7d407cf3
 class ProximalMatching(MomentMatching):
-    "Moment matching for any differentiable operator: the guess climbs, held back by its own error"
+    "Moment matching for any operator: the guess climbs, held back by its own error"
     linear = False
     def __init__(self, variance=None, # as for `MomentMatching`
         stretch=1., # g, the operator's largest squared slope; too small a number diverges
         sweeps=10 # gradient steps
         ):
         super().__init__(variance)
-        self.stretch, self.sweeps = check_number('stretch', stretch), check_whole('sweeps', sweeps)
+        self.stretch = check_number('stretch', stretch)
+        self.sweeps = check_whole('sweeps', sweeps)
     def move(self, step):
         (y, likelihood), guess, r2 = self.measured(step), step.guess_of_end(), self.error(step)
         x, pace = guess, 1/(1/r2 + self.stretch/likelihood.noise_std**2)
@@ -249,13 +259,13 @@ class GuideShift(nn.Module):
         return (step.of(self.drift)*scale).detach()
 
 def measurement_feature(step:Step) -> Tensor: # (B, channels, ...) with the image's size
-    "Feature for a `NetDrift`: the measurement, or its adjoint where it has another shape than x"
+    "Feature for a `NetDrift`: y, or its adjoint where it has another shape than x"
     op = step.likelihood.operator
     same = step.y.ndim == step.x.ndim and step.y.shape[2:] == step.x.shape[2:]
     return step.y if op is None or same else op.adjoint(step.y)
 
 def likelihood_slope(step:Step) -> Tensor: # (B, ...), without units
-    "Feature for a `NetDrift`: asinh of the change of log r over one standard deviation of the guess"
+    "Feature for a `NetDrift`: asinh of log r's change over one error of the guess"
     if step.denoiser is None:
         raise ValueError('likelihood_slope needs the denoiser of the prior, and the guess of a '
             'posterior has none: use measurement_feature')

@@ -15,15 +15,16 @@ from torch import nn, Tensor
 from torch.distributions import (AffineTransform, Distribution, Independent, Poisson,
     TransformedDistribution)
 from .deepinv import as_operator, noise_of
-from .diffusion import Diffusion, Posterior, Trajectories, gaussian
+from .diffusion import Diffusion, Trajectories, gaussian
+from .posterior import Posterior
 from .schedule import check_number
 
 # %% ../nbs/09_likelihood.ipynb #0aae3bdf
 class Likelihood(nn.Module):
     "A noisy measurement: called on `x` (B, ...) it gives the distribution of y"
     def __init__(self, operator, # callable on images (B, ...), or a deepinv Physics
-        noise_std:float=None, # of Gaussian noise, in the measurement's units; a Physics knows its own
-        noise=None # of any other kind: a function from the mean (B, ...) to the distribution of y
+        noise_std:float=None, # of Gaussian noise, in y's units; a Physics knows its own
+        noise=None # of any other kind: a function from the mean (B, ...) to y's distribution
         ):
         super().__init__()
         self.operator, self.noise = as_operator(operator), noise
@@ -32,8 +33,8 @@ class Likelihood(nn.Module):
             noise_std = check_number('noise_std', noise_std, '(0, inf)',
                 'it is in units of the measurement')
         elif noise_std is not None:
-            raise ValueError('give noise_std for Gaussian noise or noise for another kind, not both: '
-                f'got noise_std {noise_std!r}')
+            raise ValueError('give noise_std for Gaussian noise or noise for another kind, '
+                f'not both: got noise_std {noise_std!r}')
         elif not callable(noise):
             raise TypeError('noise must be a function from the mean to a distribution, '
                 f'got {type(noise).__name__}')
@@ -51,8 +52,9 @@ class Likelihood(nn.Module):
         if not isinstance(q, Distribution):
             raise TypeError(f'noise must return a torch distribution, got {type(q).__name__}')
         if q.batch_shape[:1] != mean.shape[:1]:
-            raise ValueError('noise must return one distribution per sample, for a mean of shape '
-                f'{tuple(mean.shape)}; got batch shape {tuple(q.batch_shape)}')
+            raise ValueError('noise must return one distribution per sample, '
+                f'for a mean of shape {tuple(mean.shape)}; '
+                f'got batch shape {tuple(q.batch_shape)}')
         return Independent(q, len(q.batch_shape)-1, validate_args=False)
     def log_prob(self, x0:Tensor, y:Tensor) -> Tensor: # (B,)
         "log p(y given x0) in nats, with its constants"
@@ -77,10 +79,12 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
     if tuple(y.shape[1:]) != wanted or y.ndim == 0:
         hint = ': add a batch dimension, y[None]' if tuple(y.shape) == wanted else ''
         if y.ndim == 0: hint = ': y comes first, then the number of samples'
-        raise ValueError(f'y has shape {tuple(y.shape)}, expected (M, {", ".join(map(str, wanted))}), '
+        event = ', '.join(map(str, wanted))
+        raise ValueError(f'y has shape {tuple(y.shape)}, expected (M, {event}), '
             f'one or more measurements{hint}')
     bad = int((~torch.isfinite(y)).sum())
-    if bad: raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
+    if bad:
+        raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
     if hasattr(self.noise, 'check'): self.noise.check(y)
     return y.to(like.device, like.dtype)
 
@@ -90,10 +94,12 @@ def _as_tensor(y) -> Tensor:
         try: y = np.asarray(y)
         except (TypeError, ValueError): pass
         if not isinstance(y, np.ndarray) or y.dtype.kind not in 'fiub':
+            kind = type(y).__name__ + (f' of {y.dtype}' if isinstance(y, np.ndarray) else '')
             raise TypeError('a measurement is a tensor, an array or a list of real numbers, '
-                f'got {type(y).__name__}' + (f' of {y.dtype}' if isinstance(y, np.ndarray) else ''))
+                f'got {kind}')
         y = torch.from_numpy(np.array(y, dtype=y.dtype.newbyteorder('=')))
-    if y.is_complex(): raise TypeError('a measurement is real, got complex numbers: take their parts')
+    if y.is_complex():
+        raise TypeError('a measurement is real, got complex numbers: take their parts')
     return y.detach()
 
 @patch
@@ -122,17 +128,21 @@ class PhotonNoise:
         if not self.dark < self.bright:
             raise ValueError(f'dark must lie below bright, got {self.dark} and {self.bright}')
     @property
-    def unit(self) -> float: "Of a measurement, per photon"; return (self.bright - self.dark)/self.photons
+    def unit(self) -> float:
+        "Of a measurement, per photon"
+        return (self.bright - self.dark)/self.photons
     def __call__(self, mean) -> Distribution:
         rate = ((mean - self.dark)/self.unit).clamp(min=self.background)
         return TransformedDistribution(_Counts(rate, validate_args=False),
             AffineTransform(self.dark, self.unit), validate_args=False)
     def check(self, y):
         "Refuse what no count of photons can be"
-        none = _Counts(torch.ones(()), validate_args=False).log_prob((y - self.dark)/self.unit) == -math.inf
+        one = _Counts(torch.ones(()), validate_args=False)
+        none = one.log_prob((y - self.dark)/self.unit) == -math.inf
         if none.any():
-            raise ValueError(f'y holds {int(none.sum())} values that are no whole count of photons, '
-                f'such as {y[none][0].item():g}: counts are {self.dark:g} + {self.unit:g} n')
+            raise ValueError(f'y holds {int(none.sum())} values that are no whole count of '
+                f'photons, such as {y[none][0].item():g}: counts are {self.dark:g} + '
+                f'{self.unit:g} n')
 
 # %% ../nbs/09_likelihood.ipynb #013a3588
 class InverseProblem(nn.Module):
@@ -172,13 +182,14 @@ class InverseProblem(nn.Module):
 def problem(self:Posterior) -> InverseProblem:
     "The prior and the likelihood that this is a posterior of"
     if self.likelihood is None:
-        raise ValueError('this posterior has no likelihood: make it with problem.posterior(drifts)')
+        raise ValueError('this posterior has no likelihood: '
+            'make it with problem.posterior(drifts)')
     return InverseProblem(self.prior, self.likelihood)
 
 @patch
 def log_weight(self:Posterior, tau:Trajectories, beta=1. # tempers the likelihood
     ) -> Tensor: # (B,)
-    "beta log r - log q/p of each path: log Z if the posterior is exact (Scimeca et al. 2025, eq. 6)"
+    "beta log r - log q/p of each path; log Z on exact ones (Scimeca et al. 2025, eq. 6)"
     if tau.y is None: raise ValueError('these paths carry no measurement: simulate them with y')
     return beta*self.problem.log_likelihood(tau.x0, tau.y) - self.log_ratio(tau)
 
@@ -207,7 +218,8 @@ class Tilt(nn.Module):
         super().__init__()
         self.log_r, self.operator, self.std = log_r, None, None
     @property
-    def noise_std(self): raise ValueError('a tilted prior has no noise: this needs a measurement')
+    def noise_std(self):
+        raise ValueError('a tilted prior has no noise: this needs a measurement')
     def y_shape(self, shape) -> tuple: return (0,)
     def log_prob(self, x0, y) -> Tensor:
         "log r(x0) in nats (B,), whatever the label"
@@ -219,11 +231,12 @@ class Tilt(nn.Module):
     def take(self, y, shape, like) -> Tensor:
         y = torch.as_tensor(y)
         if y.ndim != 2 or y.shape[1]:
-            raise ValueError(f'a tilted prior takes no measurement, got one of shape {tuple(y.shape)}: '
-                'use problem.no_measurement')
+            raise ValueError('a tilted prior takes no measurement, got one of shape '
+                f'{tuple(y.shape)}: use problem.no_measurement')
         return y.to(like.device, like.dtype)
     def measurement(self, y, prior) -> Tensor: # (M, 0)
-        return self.take(y, prior.shape, torch.zeros((), dtype=prior.dtype, device=prior.device))
+        like = torch.zeros((), dtype=prior.dtype, device=prior.device)
+        return self.take(y, prior.shape, like)
 
 class Tilted(InverseProblem):
     "A prior weighted by exp(log_r(x0)) instead of a measurement's likelihood"

@@ -72,8 +72,9 @@ class LinearCompose(Compose, LinearOperator):
     def transpose(self, y):
         return self._within(self.inner, 'transpose', self._within(self.outer, 'transpose', y))
     def _within(self, part, name, v): # a part may have more blocks than the whole
-        v_part = v.unflatten(1, (part.blocks//self.blocks, -1)).flatten(0, 1)
-        return getattr(part, name)(v_part).reshape(len(v), -1)
+        more = part.blocks//self.blocks
+        u = getattr(part, name)(v.unflatten(1, (more, -1)).flatten(0, 1))
+        return u.reshape(len(v), more*u.shape[1])
 
 # %% ../nbs/07b_nonlinear.ipynb #f4cf6bcf
 class FourierMagnitude(nn.Module):

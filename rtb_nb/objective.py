@@ -9,11 +9,12 @@ __all__ = ['groups', 'VarGrad', 'ScalarLogZ', 'NetLogZ', 'Huber', 'Clamp', 'RTB'
 import math
 import torch
 from torch import nn, Tensor
-from .diffusion import Posterior
+from .posterior import Posterior
 from .schedule import check_number, check_whole
 
 # %% ../nbs/13_objective.ipynb #886aed1b
-def groups(y, n:int, branch=None # labels (n,): paths that fork from one point; -1 for the others
+def groups(y, n:int,
+    branch=None # labels (n,): paths that fork from one point; -1 for the others
     ) -> Tensor: # (n,) number of the group that each path belongs to
     "Which of `n` paths share a measurement, and a branch"
     if y is None or bool((y == y[:1]).all()):
@@ -24,14 +25,14 @@ def groups(y, n:int, branch=None # labels (n,): paths that fork from one point; 
 
 # %% ../nbs/13_objective.ipynb #dacc4f83
 class VarGrad(nn.Module):
-    "log Z(y) as the mean log-weight over paths of one y, and of one branch (Richter et al. 2020)"
+    "log Z(y) as the mean log-weight over paths of one y and branch (Richter et al. 2020)"
     def forward(self, log_w:Tensor, y, branch=None) -> Tensor: # (B,)
         g, log_w = groups(y, len(log_w), branch), log_w.detach()
         empty = log_w.new_zeros(int(g.max())+1)
         count = empty.index_add(0, g, torch.ones_like(log_w))
         if (count < 2).any():
-            raise ValueError('VarGrad needs at least two paths of each measurement and branch, better '
-                f'eight; one has {int(count.min())}')
+            raise ValueError('VarGrad needs at least two paths of each measurement and branch, '
+                f'better eight; one has {int(count.min())}')
         return (empty.index_add(0, g, log_w)/count)[g]
 
 # %% ../nbs/13_objective.ipynb #bf04edc0
@@ -42,9 +43,10 @@ class ScalarLogZ(nn.Module):
         ):
         super().__init__()
         self.value = nn.Parameter(torch.tensor(check_number('value', value, '(-inf, inf)')))
-    def forward(self, log_w, y, branch=None) -> Tensor: return self.value.expand(len(log_w)) # (B,)
+    def forward(self, log_w, y, branch=None) -> Tensor: # (B,)
+        return self.value.expand(len(log_w))
     @classmethod
-    def of(cls, posterior:Posterior, # whose paths to start from, `problem.posterior([])` for the prior's
+    def of(cls, posterior:Posterior, # whose paths to start from, of `problem.posterior([])`
         y, n=16) -> 'ScalarLogZ':
         "Start at the mean log-weight of `n` paths"
         log_w = posterior.draw(y, n)[2]
@@ -71,7 +73,8 @@ class NetLogZ(nn.Module):
 # %% ../nbs/13_objective.ipynb #9c92a5de
 class Huber:
     "Gradient never above `bound` nats"
-    def __init__(self, bound:float): self.bound = check_number('bound', bound, hint='it is in nats')
+    def __init__(self, bound:float # in nats
+        ): self.bound = check_number('bound', bound, hint='it is in nats')
     def __call__(self, size):
         return torch.where(size < self.bound, size**2/2, self.bound*(size - self.bound/2))
 
@@ -81,7 +84,7 @@ class Clamp(Huber):
 
 # %% ../nbs/13_objective.ipynb #44cad7ef
 class RTB(nn.Module):
-    "Relative trajectory balance: loss(log_w, y), half the squared residual, bounded in its gradient"
+    "Relative trajectory balance: half the squared residual, bounded in its gradient"
     def __init__(self, log_z=None, # `VarGrad()` if None, or `ScalarLogZ(value)`, `NetLogZ(net)`
         dead_zone=0., # residuals smaller than this teach nothing, in nats
         bound=50. # `Huber(b)`, `Clamp(b)`, a number for Huber's, or None for no bound
@@ -90,7 +93,8 @@ class RTB(nn.Module):
         self.dead_zone = check_number('dead_zone', dead_zone, '[0, inf)', 'it is in nats')
         self.bound = bound if bound is None or callable(bound) else Huber(bound)
         if bound is not None and not self.bound.bound > self.dead_zone:
-            raise ValueError(f'bound must exceed the dead zone {dead_zone}, got {self.bound.bound}')
+            raise ValueError(f'bound must exceed the dead zone {dead_zone}, '
+                f'got {self.bound.bound}')
         self.log_z = VarGrad() if log_z is None else log_z
     def residual(self, log_w, y=None, branch=None) -> Tensor: # (B,)
         "log Z - log w of each path, in nats"
@@ -111,7 +115,8 @@ class Ramp(nn.Module):
     "beta grows from `start` to 1, geometrically, over that many iterations"
     def __init__(self, iterations:int, start=.01):
         super().__init__()
-        self.iterations = check_whole('iterations', iterations, hint='a ramp needs at least one')
+        hint = 'a ramp needs at least one'
+        self.iterations = check_whole('iterations', iterations, hint=hint)
         self.start = check_number('start', start, '(0, 1]')
     def forward(self, step:int, log_r, y=None) -> float:
         return self.start**max(0., 1 - step/self.iterations)

@@ -266,7 +266,7 @@ class SparseMatrix(LinearOperator):
             matrix = scipy.sparse.coo_array(entries, shape=tuple(M.shape))
         if not scipy.sparse.issparse(matrix) or matrix.ndim != 2 or np.iscomplexobj(matrix):
             got = type(matrix).__name__
-            raise TypeError(f'matrix must be real and sparse, got {got}: use Matrix for dense ones')
+            raise TypeError(f'matrix must be real and sparse, got {got}: use Matrix if dense')
         matrix = scipy.sparse.csr_array(matrix, dtype=np.float64)
         _finite(matrix.data, 'matrix', sees=True)
         super().__init__(*_event_shapes(matrix.shape, in_shape, out_shape), offset)

@@ -9,7 +9,7 @@ __all__ = ['Tangent', 'fps', 'twisted']
 import math
 import torch
 from torch import Tensor
-from .diffusion import Posterior
+from .posterior import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
 from .schedule import check_number, check_whole
 

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .behaviours import Mixture, Noised, OnPolicy, shares
-from .diffusion import Posterior, Trajectories
+from .diffusion import Trajectories
+from .posterior import Posterior
 from .schedule import check_number, check_whole
 
 # %% ../nbs/12a_replay.ipynb #d76e3447

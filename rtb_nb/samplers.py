@@ -207,7 +207,8 @@ def pigdm(problem, y, n, *, variance=1., # v, the prior's pixel variance
     return ancestral(problem, y, n, guess, **options)
 
 # %% ../nbs/11_samplers.ipynb #75495382
-def cla(problem, y, n, **options) -> Samples: # options: of `ancestral`
+def cla(problem, y, n, **options # of `ancestral`; with fewer than a dozen steps it overshoots
+    ) -> Samples:
     "Convolved likelihood approximation on DDPM's steps, for any schedule"
     require_linear(problem, 'adjoint', 'gram_solve')
     op, std = problem.operator, problem.noise_std

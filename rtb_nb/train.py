@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, flat_state, load_state,
     load_tensors, save_tensors)
-from .diffusion import Posterior, Trajectories, gradients
+from .diffusion import Trajectories
+from .posterior import Posterior, gradients
 from .drifts import NetDrift
 from .guidance import (Gate, GuideShift, LikelihoodGradient, likelihood_slope,
     measurement_feature)
@@ -25,7 +26,8 @@ from .objective import RTB
 from .schedule import check_number, check_whole
 
 # %% ../nbs/14_train.ipynb #70190842
-def path_gradient(posterior:Posterior, objective:RTB, tau:Trajectories, log_r:Tensor, # (B,) tempered
+def path_gradient(posterior:Posterior, objective:RTB, tau:Trajectories,
+    log_r:Tensor, # of their ends (B,), tempered
     fraction=1., # share of the steps to differentiate, drawn at random
     chunk=512 # most images per differentiated network call
     ) -> Tensor: # log-weights before the update (B,)
@@ -45,18 +47,18 @@ def path_gradient(posterior:Posterior, objective:RTB, tau:Trajectories, log_r:Te
     return log_w
 
 # %% ../nbs/14_train.ipynb #056ceb05
-def image_drifts(problem:InverseProblem, # whose shapes count; its operator is read from the steps
+def image_drifts(problem:InverseProblem, # whose shapes count; the operator is read from steps
     guide=None, # a guidance drift to start from; None: `LikelihoodGradient`, a hundredth of it
     feature=None, # step -> how the network sees y; None: `measurement_feature`, or
     # `likelihood_slope` where the operator has no adjoint
     width=64, depth=3) -> list: # drifts for `problem.posterior`
     "A gated guide and a patch transformer that sees x, x0_hat, the guide's shift and y"
-    channels, height, side = problem.prior.shape
-    x = torch.zeros(1, *problem.prior.shape, dtype=problem.prior.dtype, device=problem.prior.device)
+    prior, (channels, height, side) = problem.prior, problem.prior.shape
+    x = torch.zeros(1, *prior.shape, dtype=prior.dtype, device=prior.device)
     linear = hasattr(problem.operator, 'adjoint')
     if feature is None: feature = measurement_feature if linear else likelihood_slope
-    if guide is None: gate, features = Gate(LikelihoodGradient(), value=.01, lr=3e-3), (feature,)
-    else: gate, features = Gate(guide), (GuideShift(guide), feature)
+    gate = Gate(guide) if guide else Gate(LikelihoodGradient(), value=.01, lr=3e-3)
+    features = (GuideShift(guide), feature) if guide else (feature,)
     step = problem.posterior([]).step(x, 0, x.new_zeros(1, *problem.y_shape), x)
     seen = channels*(len(features)+1) + feature(step).shape[1]
     size = side if height == side else (height, side)
@@ -67,7 +69,7 @@ def image_drifts(problem:InverseProblem, # whose shapes count; its operator is r
 def vector_drifts(problem:InverseProblem, guide=None, # a guidance drift to start from, if any
     frequencies=(), # of the network's waves, in cycles per unit of the data: for many modes
     width=128, depth=3) -> list: # drifts for `problem.posterior`
-    "A gated guide, if any, and a `VectorNet` that sees x, x0_hat, the slope of log r, guide and y"
+    "A gated guide, if any, and a `VectorNet` that sees x, x0_hat, log r's slope, guide and y"
     (D,), (m,) = problem.prior.shape, problem.y_shape
     shift = [GuideShift(guide)] if guide else []
     features = [likelihood_slope, *shift, measurement_feature]
@@ -76,7 +78,7 @@ def vector_drifts(problem:InverseProblem, guide=None, # a guidance drift to star
 
 # %% ../nbs/14_train.ipynb #cb549474
 def default_optimiser(drifts:nn.ModuleList, objective:RTB) -> torch.optim.Optimizer:
-    "Adam with each drift's own rate `lr`, 4e-3 where it has none; a learned log Z has its own, too"
+    "Adam with each drift's own rate `lr`, 4e-3 where it has none; log Z has its own, too"
     groups = []
     for part in [*drifts, objective.log_z]:
         params = [p for p in part.parameters() if p.requires_grad]
@@ -127,7 +129,8 @@ class Trainer:
         self.objective, self.guard = objective or RTB(), guard
         self.path = None if path is None else Path(path).expanduser()
         self.learned = [p for p in posterior.drifts.parameters() if p.requires_grad]
-        if not self.learned: raise ValueError('nothing to train: none of the drifts has parameters')
+        if not self.learned:
+            raise ValueError('nothing to train: none of the drifts has parameters')
         self.opt = opt or default_optimiser(posterior.drifts, self.objective)
         self.peak = [g['lr'] for g in self.opt.param_groups]
         ema = get_ema_multi_avg_fn(decay)
@@ -147,8 +150,9 @@ class Trainer:
             objective=self.objective)
     def snapshot(self, **more) -> dict:
         "Copies of all parts' tensors"
-        states = {n: flat_state(p.state_dict(), f'{n}.')[0] for n, p in (self.parts | more).items()}
-        return {k: v.detach().clone() for state in states.values() for k, v in state.items()}
+        parts = (self.parts | more).items()
+        states = [flat_state(p.state_dict(), f'{n}.')[0] for n, p in parts]
+        return {k: v.detach().clone() for state in states for k, v in state.items()}
 
 # %% ../nbs/14_train.ipynb #b22ae569
 @patch
@@ -166,7 +170,8 @@ def update(self:Trainer, tau:Trajectories, log_r:Tensor
     most = max(self.guard.floor, 3*self.reference) if self.guard else math.inf
     self.is_healthy = finite and size <= most
     if not finite: self.roll_back('not finite', size)
-    elif self.guard and self.guard.exploded(size, self.reference): self.roll_back('exploded', size)
+    elif self.guard and self.guard.exploded(size, self.reference):
+        self.roll_back('exploded', size)
     else:
         self.reference = min(size, 1.02*self.reference)
         self.opt.step()
@@ -185,9 +190,9 @@ def roll_back(self:Trainer, why:str, size:float):
         if self.last_good: load_state(part, self.last_good, f'{n}.')
     if len(self.events) > self.guard.limit:
         raise Diverged(f'{len(self.events)} returns to a good state, the last at iteration '
-            f'{self.step} ({why}, median residual {size:.3g} nats): start nearer to the posterior, '
-            'temper the likelihood (beta=Adaptive()) or lower the learning rate; the last good state '
-            f'is kept{f" in {self.path}" if self.path else ""}')
+            f'{self.step} ({why}, median residual {size:.3g} nats): start nearer to the '
+            'posterior, temper the likelihood (beta=Adaptive()) or lower the learning rate; '
+            f'the last good state is kept{f" in {self.path}" if self.path else ""}')
 
 @patch
 def iterate(self:Trainer, y:Tensor # measurements (M, ...)
@@ -242,8 +247,10 @@ def fit(self:Trainer, y, # measurements (M, ...)
     failed = 0
     with gradients('training'), Terminated() as terminated:
         while self.step < iterations:
-            rise, fall = (self.step+1)/max(1, warmup), (iterations-self.step)/max(1, anneal*iterations)
-            for g, lr in zip(self.opt.param_groups, self.peak): g['lr'] = lr*self.rate*min(1, rise, fall)
+            rise = (self.step+1)/max(1, warmup)
+            fall = (iterations-self.step)/max(1, anneal*iterations)
+            scale = self.rate*min(1, rise, fall)
+            for g, lr in zip(self.opt.param_groups, self.peak): g['lr'] = lr*scale
             before = self.skipped
             try: self.iterate(y)
             except Diverged:
@@ -251,9 +258,11 @@ def fit(self:Trainer, y, # measurements (M, ...)
                 raise
             failed = failed+1 if self.skipped > before else 0
             if failed >= 20:
-                raise Diverged(f'20 batches in a row were not finite, the last at iteration {self.step}: '
-                    f'lower the learning rate or the bound; the last good checkpoint is {self.path}')
-            if self.step % every == 0 or self.step == iterations: self.checkpoint(iterations, log)
+                raise Diverged('20 batches in a row were not finite, the last at iteration '
+                    f'{self.step}: lower the learning rate or the bound; the last good '
+                    f'checkpoint is {self.path}')
+            if self.step % every == 0 or self.step == iterations:
+                self.checkpoint(iterations, log)
             if terminated.now: self.leave()
     return self
 
@@ -263,8 +272,8 @@ def checkpoint(self:Trainer, iterations:int, log):
     if self.guard and self.is_healthy: self.last_good = self.snapshot()
     if self.path: self.save(self.path)
     h = self.history[-1]
-    log(f"iteration {self.step}/{iterations}: ELBO {h['elbo']:.1f}, std of log w {h['std']:.1f}, "
-        f"E log r {h['log_r']:.1f}, skipped {self.skipped}")
+    log(f"iteration {self.step}/{iterations}: ELBO {h['elbo']:.1f}, "
+        f"std of log w {h['std']:.1f}, E log r {h['log_r']:.1f}, skipped {self.skipped}")
 
 @patch
 def leave(self:Trainer):
@@ -278,8 +287,9 @@ def leave(self:Trainer):
 @patch
 def belongs_to(self:Trainer, y:Tensor):
     "Refuse to go on with another run's state; remember whose state this is"
-    prior, likelihood, drifts = self.problem.prior, self.problem.likelihood, self.posterior.drifts
-    shapes = {n: list(p.shape) for n, p in drifts.named_parameters()}
+    prior, likelihood = self.problem.prior, self.problem.likelihood
+    named = self.posterior.drifts.named_parameters()
+    shapes = {n: list(p.shape) for n, p in named}
     bound, log_z = self.objective.bound, self.objective.log_z
     now = fingerprint(
         prior=prior.denoiser or prior, chain=prior.chain, operator=likelihood.operator,
@@ -289,8 +299,8 @@ def belongs_to(self:Trainer, y:Tensor):
         settings=[self.updates, self.fraction, self.clip])
     if not self.step: self.trained_for = now
     elif self.trained_for.get('y') != now['y']:
-        raise ValueError(f'{self.path or "this trainer"} was trained on another y: make a new Trainer '
-            'for this one, with another path; it may take over the drifts')
+        raise ValueError(f'{self.path or "this trainer"} was trained on another y: make a new '
+            'Trainer for this one, with another path; it may take over the drifts')
     else: check_fingerprint(self.trained_for, now, self.path or 'this trainer')
 
 @patch
@@ -316,8 +326,8 @@ def load(self:Trainer, path):
     tensors, meta = load_tensors(path)
     device = self.problem.prior.device
     for n, part in (self.parts | self.stateful()).items(): load_state(part, tensors, f'{n}.')
-    good = {k.removeprefix('last_good.'): v for k, v in tensors.items() if k.startswith('last_good.')}
-    self.last_good = {k: v.to(device) for k, v in good.items()}
+    good = {k: v.to(device) for k, v in tensors.items() if k.startswith('last_good.')}
+    self.last_good = {k.removeprefix('last_good.'): v for k, v in good.items()}
     torch.set_rng_state(tensors['rng'])
     if torch.cuda.is_available() and 'rng_cuda' in tensors:
         torch.cuda.set_rng_state(tensors['rng_cuda'])

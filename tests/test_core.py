@@ -6,7 +6,8 @@ from rtb_nb.beds import plane as plane_of
 from rtb_nb.behaviours import Mixture, OnPolicy
 from rtb_nb.checkpoints import load_tensors, save_tensors
 from rtb_nb.denoise import EpsDenoiser, MixtureDenoiser, VDenoiser
-from rtb_nb.diffusion import Diffusion, Posterior, Trajectories, gaussian
+from rtb_nb.diffusion import Diffusion, Trajectories, gaussian
+from rtb_nb.posterior import Posterior
 from rtb_nb.drifts import NetDrift
 from rtb_nb.exact import ExactChain, ExactMixture
 from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
