@@ -24,7 +24,8 @@ def bcast(c:Tensor, x:Tensor) -> Tensor:
 class Bookkeeping(nn.Module):
     "A module whose own buffers keep their precision when it is cast, and follow when it moves"
     def _apply(self, fn, recurse=True):
-        own = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        own = {n: b for n, b in self._buffers.items()
+               if b is not None and b.is_floating_point()}
         for n in own: self._buffers[n] = None
         try: super()._apply(fn, recurse)
         finally: self._buffers.update(own)
@@ -36,14 +37,14 @@ class Bookkeeping(nn.Module):
 # %% ../nbs/02_denoise.ipynb #c500962b
 class Denoiser(Bookkeeping):
     "E[x0 given x_t]: `denoiser(x, t)` with x (B, ...) and t a scalar or (B,)"
-    min_alpha = 0. # the least signal that a guess can be made from; a wrapper has its denoiser's
+    min_alpha = 0. # the least signal a guess can be made from; a wrapper has its denoiser's
     def __init__(self, schedule): # t -> (alpha, sigma)
         super().__init__()
         if not callable(schedule):
             raise ValueError(f'{type(self).__name__} needs a schedule, got {schedule!r}: '
                              'pass one such as schedule=Cosine()')
         self.schedule = schedule
-        for name in ('table_t', 'table_ratio', 'data_variance'): self.register_buffer(name, None)
+        for n in ('table_t', 'table_ratio', 'data_variance'): self.register_buffer(n, None)
 
     def white_error(self, t:Tensor) -> Tensor: # shaped like `t`
         "Error of the best denoiser of white data with this data's pixel variance"
@@ -131,7 +132,7 @@ class GaussianDenoiser(Denoiser):
         skew, size = (cov - cov.T).abs().max(), cov.abs().max()
         if skew > 1e-5*size:
             raise ValueError('cov must be symmetric, and differs from its transpose by up to '
-                             f'{skew:.3g}: give a covariance, such as (cov + cov.T)/2 or L @ L.T')
+                             f'{skew:.3g}: give a covariance, such as (cov + cov.T)/2')
         values, vectors = torch.linalg.eigh(cov)
         if values.min() < -1e-9*values.max():
             raise ValueError('cov must be positive semi-definite, its smallest eigenvalue is '
@@ -164,7 +165,7 @@ def gaussian_field(size:int, # pixels per side
     std:float, # of a pixel
     length:float, # correlation length, pixels
     schedule) -> GaussianDenoiser: # of events (1, size, size)
-    "Exact denoiser of a stationary field on a torus with covariance std^2 exp(-distance/length)"
+    "Exact denoiser of a stationary torus with covariance std^2 exp(-distance/length)"
     size = check_whole('size', size, 2, hint='pixels per side of the field')
     std, length = check_number('std', std), check_number('length', length)
     i = torch.arange(size, dtype=torch.float64)
@@ -196,7 +197,8 @@ class MixtureDenoiser(Denoiser):
             raise ValueError(f'std must be a number or {M}, one per component, '
                              f'got shape {tuple(std.shape)}')
         if (std <= 0).any(): raise ValueError(f'std must be positive, got {std.min():.3g}')
-        buffers = dict(means=means, stds=std.expand(M), log_weights=(weights/weights.sum()).log())
+        log_weights = (weights/weights.sum()).log()
+        buffers = dict(means=means, stds=std.expand(M), log_weights=log_weights)
         for n, v in buffers.items(): self.register_buffer(n, v)
 
     def forward(self, x, t):
@@ -260,5 +262,8 @@ def check_start(denoiser, alpha): # alpha: the signal of a chain's first level
     "Refuse a chain that starts with less signal than its denoiser needs"
     least = getattr(denoiser, 'min_alpha', 0.)
     if alpha < least:
-        raise ValueError(f'{type(denoiser).__name__} cannot start at alpha = {float(alpha):.2g}, '
-                         f'below {least:g}: pass a start below 1, or no timestep of pure noise')
+        name = type(denoiser).__name__
+        raise ValueError(f'{name} cannot start at alpha = {float(alpha):.2g}, below {least:g}: '
+                         'pass a start below 1, or no timestep of pure noise')
+
+

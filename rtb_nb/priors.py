@@ -16,8 +16,8 @@ from .checkpoints import check_fingerprint, fingerprint, flat_state, load_state
 from .checkpoints import load_tensors, save_tensors
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Diffusion
-from .posterior import gradients
 from .networks import PatchTransformer, UNet, VectorNet, _mixed, in_bfloat16
+from .posterior import gradients
 from .schedule import VE, Bridge, Cosine, Linear, Tabulated, check_number, check_whole
 
 # %% ../nbs/06_priors.ipynb #0aa98641

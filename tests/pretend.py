@@ -1,7 +1,7 @@
 """A pretend accelerator, to find the tensor that was left on the CPU where no GPU is.
 
-`with pretend_device():` makes torch's empty device `meta` one: a tensor moved there keeps its values
-in a CPU tensor, computes there, and refuses to meet tensors of the CPU, as those of a GPU do.
+`with pretend_device():` makes torch's empty device `meta` one: a tensor moved there keeps its
+values in a CPU tensor, computes there, and refuses to meet tensors of the CPU, as a GPU's do.
 `run_notebook` runs a notebook's cells on it.
 
 Not covered: streams, autocast, generators of the device, and the numerics of its kernels.
@@ -95,7 +95,8 @@ def moved(make):
 @contextmanager
 def pretend_device():
     "Inside, `meta` is an accelerator"
-    literals = {name: moved(getattr(torch, name)) for name in ('tensor', 'as_tensor', 'asarray')}
+    names = 'tensor', 'as_tensor', 'asarray'
+    literals = {name: moved(getattr(torch, name)) for name in names}
     with patch.multiple(torch, **literals), Operations(): yield
 
 SKIPPED = '#| eval: false', '#| default_exp', '#| slow', '#| gpu'

@@ -1,0 +1,144 @@
+"The library on a pretend accelerator: training, samplers' options, every experiment and bench"
+import copy
+from functools import cache
+
+import papermill, pytest, torch
+
+from options import measured, sampler_options
+from pretend import Away, pretend_device, run_notebook
+from project import NBS, benchmarks, experiments, name, notebooks
+from rtb_nb.beds import small_lens
+from rtb_nb.behaviours import Mixture, OnPolicy
+from rtb_nb.evidence import evaluate
+from rtb_nb.guidance import MomentMatching
+from rtb_nb.objective import RTB, ScalarLogZ
+from rtb_nb.replay import Buffer, Replay
+from rtb_nb.train import Trainer, image_drifts
+from test_experiments import SMALLEST, label, parameters
+
+# ---- the pretence
+
+@pytest.fixture
+def device():
+    with pretend_device(): yield 'meta'
+
+def test_values_are_kept_and_draws_are_those_of_the_cpu(device):
+    x = torch.arange(6.).reshape(2, 3).to(device)
+    assert isinstance(x, Away) and x.device.type == 'meta'
+    assert x.t().sum(0).tolist() == [3., 12.]
+    assert torch.tensor([1., 2.], device=device).sum().item() == 3
+    assert f'{x.mean():.2f}' == '2.50' and bool(x.sum() > 0) and float(x.max()) == 5
+    assert torch.equal(x.cpu()[1], torch.tensor([3., 4., 5.])) and not isinstance(x.cpu(), Away)
+    torch.manual_seed(0)
+    drawn = torch.randn(3, device=device)
+    torch.manual_seed(0)
+    assert torch.equal(drawn.cpu(), torch.randn(3))
+    assert torch.randn_like(x).device == x.new_zeros(2).device == x.device
+
+def test_what_a_gpu_allows(device):
+    x, here = torch.arange(4., device=device), torch.arange(4.)
+    assert (x + torch.tensor(1.)).tolist() == [1., 2., 3., 4.] # a scalar of the CPU
+    assert x[torch.tensor([0, 2])].tolist() == [0., 2.] and x[here > 1].tolist() == [2., 3.]
+    x[torch.tensor([0])] = 7.
+    assert x.tolist() == [7., 1., 2., 3.] and here.copy_(x).tolist() == x.tolist()
+    assert x.copy_(here + 1).tolist() == [8., 2., 3., 4.]
+    view = x[1:]
+    view.mul_(2)
+    assert x.tolist() == [8., 4., 6., 8.] and here[0] == 7
+
+@pytest.mark.parametrize('mixed', [
+    lambda x, here: x + here,
+    lambda x, here: here*x[:1],
+    lambda x, here: here.add_(x),
+    lambda x, here: torch.cat([x, here]),
+    lambda x, here: torch.stack([x, here]),
+    lambda x, here: x @ here,
+    lambda x, here: torch.where(here > 0, x, x),
+    lambda x, here: here[torch.tensor([0], device='meta')],
+    lambda x, here: x.gather(0, here.long()),
+    lambda x, here: x.index_put_((here.long(),), here),
+    lambda x, here: torch.nn.Linear(4, 1)(x),
+    lambda x, here: torch.eye(4).to_sparse() @ x[:, None],
+    lambda x, here: torch.distributions.Normal(here, 1.).log_prob(x),
+])
+def test_two_devices_in_one_operation_are_refused(mixed, device):
+    with pytest.raises(RuntimeError, match='wants its tensors on one device'):
+        mixed(torch.arange(4., device=device), torch.arange(4.))
+
+def test_gradients_modules_copies_and_optimisers(device):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 1))
+    twin, x = copy.deepcopy(net).to(device), torch.randn(8, 3)
+    for f, v in (net, x), (twin, x.to(device)):
+        opt = torch.optim.Adam(f.parameters(), lr=.1)
+        for _ in range(3):
+            opt.zero_grad()
+            f(v).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(f.parameters(), 1.)
+            opt.step()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        assert isinstance(q, Away) and torch.equal(p, q.cpu())
+    assert all(isinstance(p, Away) for p in copy.deepcopy(twin).parameters())
+    net.load_state_dict(twin.state_dict())
+    sparse = torch.eye(3).to_sparse().to(device)
+    v = torch.ones(3, 1, device=device, requires_grad=True)
+    (2*sparse @ v).sum().backward()
+    assert v.grad.tolist() == [[2.], [2.], [2.]]
+
+# ---- the library on it
+
+def trainer(device, path):
+    "Two sources of paths, a buffer, a learned log Z, averages and a checkpoint"
+    torch.manual_seed(0)
+    problem = small_lens(steps=3).to(device)
+    y = problem.simulate(1)[1]
+    guide = MomentMatching(problem.prior.denoiser.data_variance.item())
+    posterior = problem.posterior(image_drifts(problem, guide)).to(device)
+    buffer = Buffer(16, posterior.shape, y.shape[1:], device=device)
+    behaviour = Mixture(OnPolicy(posterior, 4, buffer), Replay(posterior, buffer, 2, d=1))
+    return y, Trainer(posterior, behaviour, RTB(ScalarLogZ(0.)), path=path)
+
+def test_training_goes_on_from_its_checkpoint(device, tmp_path):
+    y, whole = trainer(device, tmp_path/'whole.safetensors')
+    whole.fit(y, 4, every=2, log=str)
+    y, first = trainer(device, tmp_path/'parts.safetensors')
+    first.fit(y, 2, every=2, log=str)
+    y, second = trainer(device, tmp_path/'parts.safetensors')
+    second.resume().fit(y, 4, every=2, log=str)
+    assert [h['elbo'] for h in second.history] == [h['elbo'] for h in whole.history]
+    for p, q in zip(second.learned, whole.learned): assert torch.equal(p.cpu(), q.cpu())
+    x, numbers = evaluate(second.averaged, y, 4)
+    assert isinstance(x, Away) and numbers['n'] == 4
+
+OPTIONS = sampler_options()
+
+IDS = [f'{sampler.__name__}-{i}' for i, (sampler, *_) in enumerate(OPTIONS)]
+
+@pytest.mark.parametrize('i', range(len(OPTIONS)), ids=IDS)
+def test_every_option_of_every_sampler(i, device):
+    sampler, options, problem = OPTIONS[i]
+    torch.manual_seed(0)
+    problem = copy.deepcopy(problem).to(device)
+    x = sampler(problem, measured(problem), 4, **options).x
+    assert x.device.type == device and x.isfinite().all()
+
+# ---- its experiments, benches and tutorials
+
+@cache
+def declared(notebook): return set(papermill.inspect_notebook(notebook))
+
+SEPARATE = {'bench_rtb'} # measures the memory and the time of processes of their own
+TUTORIALS = [p for p in notebooks() if p.is_relative_to(NBS/'tutorials')]
+PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in declared(p)]
+RUNS = [(p, values) for p in PLACED for values in SMALLEST.get(name(p), [{}])]
+
+def test_every_experiment_and_bench_takes_a_device():
+    assert {name(p) for p in experiments() + benchmarks() if p not in PLACED} <= SEPARATE
+
+@pytest.mark.parametrize('notebook, values', RUNS, ids=map(label, RUNS))
+def test_notebook(notebook, values, tmp_path, monkeypatch):
+    if name(notebook) == 'bench_peers':
+        for library in ('deepinv', 'azula'): pytest.importorskip(library)
+    given = parameters(notebook, values, tmp_path) | dict(device='meta')
+    monkeypatch.chdir(tmp_path)
+    run_notebook(notebook, **given)
