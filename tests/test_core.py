@@ -438,3 +438,20 @@ def test_log_prob_agrees_with_torch_distributions():
     reference = q.log_prob(x.flatten(1).double())
     found = gaussian(mean, std).log_prob(x).double()
     torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-4)
+
+def physics(sigma):
+    "What deepinv would call a Physics with Gaussian noise, without deepinv"
+    class GaussianNoise: pass
+    class Physics(torch.nn.Module):
+        def A(self, x): return 2*x
+    Physics.__module__ = 'deepinv.physics'
+    made, noise = Physics(), GaussianNoise()
+    noise.sigma = torch.tensor(sigma)
+    made.noise_model, made.sensor_model = noise, torch.nn.Identity()
+    return made
+
+def test_a_physics_brings_its_noise():
+    assert Likelihood(physics(.2)).noise_std == .2
+    assert Likelihood(physics(.2), .2).noise_std == .2
+    with pytest.raises(ValueError, match='noise of 0.2 of its own, got noise_std 0.1'):
+        Likelihood(physics(.2), .1)
