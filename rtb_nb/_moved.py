@@ -32,8 +32,8 @@ _moved = {
     'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture'),
     'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet') |
         _to('checkpoints', 'save_tensors', 'load_tensors', 'flat_state', 'load_state'),
-    'operators': _to('imaging', 'Separable', 'Blur', 'gaussian_blur', 'motion_kernel', 'bicubic',
-                     'block_average', 'box_mask', 'random_mask') |
+    'operators': _to('imaging', 'Separable', 'Blur', 'gaussian_blur', 'motion_kernel',
+                     'bicubic', 'block_average', 'box_mask', 'random_mask') |
         _to('nonlinear', 'Compose', 'LinearCompose', 'FourierMagnitude', 'NonlinearBlur',
             'Frozen') |
         _to('deepinv', 'PhysicsOperator', 'as_operator', 'to_deepinv', 'denoiser_to_deepinv') |

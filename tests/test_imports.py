@@ -34,3 +34,22 @@ def test_imports_no_optional_package():
     found = json.loads(python('-c', PROBE, 'rtb_nb', *(f'rtb_nb.{m}' for m in CHAPTERS)))
     assert not set(found.pop('rtb_nb')) & (OPTIONAL | HEAVY)
     assert not {m: tops for m, tops in found.items() if set(tops) & OPTIONAL}
+
+TRAINS = '''
+import sys
+for absent in sys.argv[1:]: sys.modules[absent] = None # importing it fails
+import torch
+from rtb_nb.beds import plane
+from rtb_nb.behaviours import OnPolicy
+from rtb_nb.experiment import record, table
+from rtb_nb.train import Trainer, vector_drifts
+problem = plane(steps=3)
+posterior = problem.posterior(vector_drifts(problem))
+trainer = Trainer(posterior, OnPolicy(posterior, 4)).fit(torch.tensor([[.9]]), 2, log=str)
+print(len(trainer.history), table([record(dict(row='RTB'), dict(elbo=1.))]).cells[0][0])
+'''
+
+def test_trains_without_what_only_some_functions_need():
+    "With neither the notebooks' tools nor the metrics' networks: import, two iterations, a table"
+    said = python('-c', TRAINS, 'nbdev', 'execnb', 'papermill', 'lpips', 'diffusers', 'deepinv')
+    assert said.split() == ['2', 'RTB']
