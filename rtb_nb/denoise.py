@@ -262,5 +262,8 @@ def check_start(denoiser, alpha): # alpha: the signal of a chain's first level
     "Refuse a chain that starts with less signal than its denoiser needs"
     least = getattr(denoiser, 'min_alpha', 0.)
     if alpha < least:
-        raise ValueError(f'{type(denoiser).__name__} cannot start at alpha = {float(alpha):.2g}'
-                         f', below {least:g}: pass a start below 1, or no timestep of pure noise')
+        name = type(denoiser).__name__
+        raise ValueError(f'{name} cannot start at alpha = {float(alpha):.2g}, below {least:g}: '
+                         'pass a start below 1, or no timestep of pure noise')
+
+

@@ -255,8 +255,8 @@ class GuideShift(nn.Module):
         super().__init__()
         self.drift = drift
     def forward(self, step:Step) -> Tensor: # (B, ...) in the data's units
-        scale = step.std/step.c0*(step.noise_of_end()/step.sigma**2)
-        return (step.of(self.drift)*scale).detach()
+        shift = step.of(self.drift)*(step.std/step.c0)
+        return (shift*(step.noise_of_end()/step.sigma**2)).detach()
 
 def measurement_feature(step:Step) -> Tensor: # (B, channels, ...) with the image's size
     "Feature for a `NetDrift`: y, or its adjoint where it has another shape than x"

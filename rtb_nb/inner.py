@@ -44,7 +44,7 @@ def daps(problem, y, n, *,
     "Decoupled annealing (Zhang et al. 2024, Algorithm 1), the likelihood untempered"
     steps = check_whole('steps', steps, 2, hint='one level alone is pure noise')
     ode, rho = check_whole('ode', ode), check_number('rho', rho)
-    high = max_ratio(problem.prior, low, high)
+    low, high = check_number('low', low), max_ratio(problem.prior, low, high)
     end = check_number('end', end, f'(0, {low})', hint='the ODE stops below the last level')
     if inner is exact_draw: require_linear(problem, 'adjoint', 'gram_solve')
     inner, (y, D, x) = inner or langevin(), prepare(problem, y, n)

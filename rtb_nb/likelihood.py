@@ -28,8 +28,12 @@ class Likelihood(nn.Module):
         ):
         super().__init__()
         self.operator, self.noise = as_operator(operator), noise
-        if noise is None and noise_std is None: noise_std = noise_of(self.operator)
         if noise is None:
+            known = noise_of(self.operator)
+            if noise_std is None: noise_std = known
+            elif known is not None and known != noise_std:
+                raise ValueError(f'this Physics has noise of {known:g} of its own, got noise_std '
+                    f'{noise_std!r}: leave it out, or change its noise_model')
             noise_std = check_number('noise_std', noise_std, '(0, inf)',
                 'it is in units of the measurement')
         elif noise_std is not None:

@@ -248,5 +248,5 @@ class VectorNet(nn.Module):
         seen = torch.cat([x, waves.sin(), waves.cos()], 1).to(e.dtype)
         h = self.first(seen) + e[which]
         for layer in self.body: h = h + layer(F.silu(h))
-        line = (W[..., 1:] @ x[..., None].to(e.dtype))[..., 0] + W[..., 0]
-        return (self.last(F.silu(h)) + line).to(x.dtype)
+        line = (W[..., 1:] @ x[..., None].to(e.dtype))[..., 0]
+        return (self.last(F.silu(h)) + line + W[..., 0]).to(x.dtype)

@@ -9,6 +9,7 @@ __all__ = ['Tangent', 'fps', 'twisted']
 import math
 import torch
 from torch import Tensor
+from .denoise import safe_alpha
 from .posterior import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
 from .schedule import check_number, check_whole
@@ -103,7 +104,7 @@ def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FP
     def survivors(log_w): return x[rows_of(resampled(log_w.reshape(F, M), noise), M)]
     x = each(e)
     if linear: x = observe(op, target(op, first), 0*x, first.sigma**2,
-        v*max(first.alpha**2, 1e-6), noise)
+        v*safe_alpha(first.alpha)**2, noise)
     for a, b in ticks(list(zip(levels, levels[1:-1])), progress):
         x0, fade = D(x, a), math.sqrt(1-c)*b.sigma/a.sigma
         x = b.alpha*x0 + fade*(x - a.alpha*x0)
@@ -121,7 +122,8 @@ def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FP
     return Samples(x[rows_of(chosen(F, M, keep, noise, x), M)][:n])
 
 # %% ../nbs/11a_particles.ipynb #b3896a32
-def look_ahead(problem, plain:Posterior, D, x, k:int, y) -> tuple: # x0_hat (B, ...), log psi (B,)
+def look_ahead(problem, plain:Posterior, D, x, k:int, y
+    ) -> tuple: # x0_hat (B, ...), log psi (B,)
     "The prior's guess, and log p(y) if the chain's end is as far from it as on average"
     c, op = plain.chain, problem.operator
     x0 = D(x, Level(c.t[k].item(), c.alpha[k].item(), c.sigma[k].item()))

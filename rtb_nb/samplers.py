@@ -238,7 +238,8 @@ def euler(problem, y, n, score:Callable, # (D, x, y, level, sigma) -> score at x
     *, steps=2000, low=.01, high=100., # the range of sigma
     noise=torch.randn_like, progress=False) -> Samples:
     "Euler-Maruyama on the variance-exploding SDE (Song et al. 2021), the last step noiseless"
-    high, (y, D, x) = max_ratio(problem.prior, low, high), prepare(problem, y, n)
+    low, high = check_number('low', low), max_ratio(problem.prior, low, high)
+    y, D, x = prepare(problem, y, n)
     steps = check_whole('steps', steps, math.ceil(2*math.log(high/low)),
         hint=f'from sigma {high:.4g} to {low:.4g} fewer overshoot')
     sigmas = high*(low/high)**torch.linspace(0, 1, steps+1, dtype=torch.float64)[:-1]
@@ -267,6 +268,8 @@ def ddrm(problem, y, n, *, eta=.85, # share of fresh noise
     require_linear(problem, 'adjoint', 'gram_eig')
     eta, eta_b = check_number('eta', eta, '[0, 1]'), check_number('eta_b', eta_b, '(0, 1]')
     levels, (y, D, x) = ladder(problem.prior, steps, times, 200.), prepare(problem, y, n)
+    if not levels[0].alpha: raise ValueError('ddrm divides by the signal, and there is none '
+        f'at t = {levels[0].t:g}: begin times later')
     op, std = problem.operator, problem.noise_std
     values, U = op.gram_eig(x.dtype)
     seen, s = (values > 0).to(x), torch.where(values > 0, values, 1.).sqrt()

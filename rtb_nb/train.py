@@ -126,7 +126,7 @@ class Trainer:
         self.beta = beta if callable(beta) else check_number('beta', beta)
         decay = check_number('decay', decay, '[0, 1)')
         self.posterior, self.problem, self.behaviour = posterior, posterior.problem, behaviour
-        self.objective, self.guard = objective or RTB(), guard
+        self.objective, self.guard = (objective or RTB()).to(posterior.device), guard
         self.path = None if path is None else Path(path).expanduser()
         self.learned = [p for p in posterior.drifts.parameters() if p.requires_grad]
         if not self.learned:

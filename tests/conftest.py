@@ -1,4 +1,4 @@
-"One thread a process, as in CI: the tests of a shared machine must not depend on how many cores it has"
+"One thread per process, as in CI: tests must not depend on how many cores a machine has"
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')

@@ -8,8 +8,8 @@ from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
 from rtb_nb.likelihood import InverseProblem, Likelihood
-from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Mask
+from rtb_nb.nonlinear import Compose
 from rtb_nb.particles import fps, twisted
 from rtb_nb.samplers import cla, cla_ve, ddrm, dps, pigdm
 from rtb_nb.schedule import Cosine

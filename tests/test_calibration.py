@@ -18,7 +18,7 @@ def gaussian_joint(dim, n, seed):
 
 # ---- verdicts
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', range(2))
 @pytest.mark.parametrize('dim', [1, 2, 8])
 def test_exact_passes_and_faults_are_flagged(dim, seed):
     x, ys, sampler = gaussian_joint(dim, 500, 10*dim+seed)
@@ -83,8 +83,8 @@ def test_both_verdicts_of_a_record_hold_at_twenty_simulations():
     torch.manual_seed(3)
     mix = torch.tensor([[1., 0., 0.], [.9, .4, 0.], [.5, .5, .7]])
     draw, ys = lambda n: torch.randn(n, 3)@mix.T, torch.zeros(20, 1)
-    runs = [calibration(draw(20), ys, lambda y: draw(9), seed=i) for i in range(250)]
-    for k in ('tarp_p', 'sbc_p'): held([r[k] for r in runs], (.5, .2, .05, .01))
+    runs = [calibration(draw(20), ys, lambda y: draw(9), seed=i) for i in range(150)]
+    for k in ('tarp_p', 'sbc_p'): held([r[k] for r in runs], (.5, .2, .05))
     held([r['p'] for r in runs], (.05, .01), strict=False)
 
 def test_many_columns_do_not_dilute_the_verdict():
@@ -112,7 +112,7 @@ def test_ranks_of_ties_and_of_known_places():
     low, high = torch.tensor([[-1.]]), torch.tensor([[5.]])
     four = torch.arange(4.).reshape(1, 4, 1)
     assert sbc(high, four).item() > .8 and sbc(low, four).item() < .2
-    u = sbc(torch.zeros(2000, 1), torch.zeros(2000, 8, 1)) # all ties: only the added number
+    u = sbc(torch.zeros(200, 1), torch.zeros(200, 8, 1)) # all ties: only the added number
     assert uniformity(u) > .01 and 0 < u.min() and u.max() < 1
     tied = lambda: sbc(torch.zeros(30, 1), torch.zeros(30, 8, 1), seed=3)
     assert torch.equal(tied(), tied())

@@ -1,4 +1,4 @@
-"The documentation builds: nbdev processes every notebook, smalldocs renders the site that Quarto publishes, README.md is current"
+"The documentation builds: nbdev processes, smalldocs renders; README.md is current"
 import html, json, re, shutil
 from collections import Counter
 
@@ -19,10 +19,11 @@ print(json.dumps(dict(site=str(site.out), warnings=site.warnings)))
 
 @pytest.fixture(scope='module')
 def docs(tmp_path_factory):
-    "A copy of the notebooks, processed by nbdev and rendered by smalldocs: the folder of the site, and what smalldocs warned of"
+    "A copy of the notebooks, processed and rendered: the folder of the site, and the warnings"
     copy = tmp_path_factory.mktemp('docs')
     for n in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/n, copy)
-    shutil.copytree(NBS, copy/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints', 'nbdev.yml'))
+    unwanted = shutil.ignore_patterns('.ipynb_checkpoints', 'nbdev.yml')
+    shutil.copytree(NBS, copy/'nbs', symlinks=True, ignore=unwanted)
     said = python('-c', BUILD, cwd=copy)
     made = json.loads(said.splitlines()[-1])
     return copy/made['site'], made['warnings']
@@ -31,7 +32,8 @@ def page(docs, notebook): return (docs[0]/f'{name(notebook)}.html').read_text()
 
 def title(notebook):
     first = ''.join(json.loads(notebook.read_text())['cells'][0]['source'])
-    assert re.match(r'# .+\n\n> .+', first), f'{notebook.name} must open with a title, an empty line and a one-line description'
+    assert re.match(r'# .+\n\n> .+', first), \
+        f'{notebook.name} must open with a title, an empty line and a one-line description'
     return first.splitlines()[0][2:].strip()
 
 def text(fragment): return html.unescape(re.sub(r'<[^>]+>', '', fragment)).strip()
@@ -43,9 +45,12 @@ def test_notebook_has_a_page_with_its_title(notebook, docs):
 
 def test_chapter_pages_show_what_the_notebooks_stored(docs):
     for notebook in chapters():
-        cells = [c for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
-        stored = sum('image/png' in o.get('data', {}) for c in cells for o in c['outputs'] if not re.search(r'^#\| ?hide\b', ''.join(c['source']), re.M))
-        assert page(docs, notebook).count('src="data:image/png') == stored, f'{notebook.name} stores {stored} figures'
+        cells = json.loads(notebook.read_text())['cells']
+        shown = [c for c in cells if c['cell_type'] == 'code'
+                 and not re.search(r'^#\| ?hide\b', ''.join(c['source']), re.M)]
+        stored = sum('image/png' in o.get('data', {}) for c in shown for o in c['outputs'])
+        found = page(docs, notebook).count('src="data:image/png')
+        assert found == stored, f'{notebook.name} stores {stored} figures'
 
 def test_sidebar_lists_every_notebook_once(docs):
     first = page(docs, NBS/'index.ipynb')
@@ -54,7 +59,7 @@ def test_sidebar_lists_every_notebook_once(docs):
     assert Counter(links) == Counter(name(p) for p in notebooks())
 
 def test_site_renders_without_warnings(docs):
-    "Quarto names a page after its module (`output-file`), smalldocs after its notebook; nothing else may differ"
+    "Quarto names a page after its module, smalldocs after its notebook: that alone may differ"
     assert not [w for w in docs[1] if 'output-file' not in w]
 
 def test_quarto_reads_the_same_file():

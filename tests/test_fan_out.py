@@ -1,4 +1,4 @@
-"Runs in processes of their own, here or as jobs through submitit, of which one failing stops no other"
+"Runs in processes or jobs of their own, of which one failing stops no other"
 import sys
 
 import nbformat, pytest
@@ -19,14 +19,16 @@ def notebook(tmp_path):
 def test_jobs_of_a_cluster(notebook, tmp_path):
     pytest.importorskip('submitit')
     runs = [dict(n=n, out=tmp_path/'r.jsonl') for n in (1, 0)]
-    outcomes = fan_out(notebook, runs, tmp_path/'fan', slurm=dict(cluster='local', timeout_min=2))
+    slurm = dict(cluster='local', timeout_min=2)
+    outcomes = fan_out(notebook, runs, tmp_path/'fan', slurm=slurm)
     assert outcomes == [None, 'ZeroDivisionError: division by zero']
     assert [r['metrics'] for r in read_records(tmp_path/'r.jsonl', n=1)] == [dict(x=1.)]
     assert (tmp_path/'fan'/'small-1.ipynb').is_file()
 
 def test_without_submitit(notebook, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'submitit', None)
-    with pytest.raises(ImportError, match=r"pip install 'rtb_nb\[slurm\]', or leave slurm=None"):
+    remedy = r"pip install 'rtb_nb\[slurm\]', or leave slurm=None"
+    with pytest.raises(ImportError, match=remedy):
         fan_out(notebook, [{}], tmp_path, slurm=dict(timeout_min=1))
 
 def test_a_parameter_that_no_json_holds(notebook, tmp_path):

@@ -1,4 +1,4 @@
-"Chapters, index and tutorials run from top to bottom, their assertions included; experiments and benchmarks have tests or budgets of their own"
+"Chapters, index and tutorials run from top to bottom, their assertions included"
 import pytest
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook

@@ -14,7 +14,7 @@ from rtb_nb.guidance import MomentMatching
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.train import Trainer, image_drifts
-from test_experiments import SMALLEST, parameters
+from test_experiments import SMALLEST, label, parameters
 
 # ---- the pretence
 
@@ -112,8 +112,9 @@ def test_training_goes_on_from_its_checkpoint(device, tmp_path):
 
 OPTIONS = sampler_options()
 
-@pytest.mark.parametrize('i', range(len(OPTIONS)),
-                         ids=[f'{sampler.__name__}-{i}' for i, (sampler, *_) in enumerate(OPTIONS)])
+IDS = [f'{sampler.__name__}-{i}' for i, (sampler, *_) in enumerate(OPTIONS)]
+
+@pytest.mark.parametrize('i', range(len(OPTIONS)), ids=IDS)
 def test_every_option_of_every_sampler(i, device):
     sampler, options, problem = OPTIONS[i]
     torch.manual_seed(0)
@@ -134,8 +135,7 @@ RUNS = [(p, values) for p in PLACED for values in SMALLEST.get(name(p), [{}])]
 def test_every_experiment_and_bench_takes_a_device():
     assert {name(p) for p in experiments() + benchmarks() if p not in PLACED} <= SEPARATE
 
-@pytest.mark.parametrize('notebook, values', RUNS,
-                         ids=[f'{name(p)}-{v.get("dataset", "smoke")}' for p, v in RUNS])
+@pytest.mark.parametrize('notebook, values', RUNS, ids=map(label, RUNS))
 def test_notebook(notebook, values, tmp_path, monkeypatch):
     if name(notebook) == 'bench_peers':
         for library in ('deepinv', 'azula'): pytest.importorskip(library)

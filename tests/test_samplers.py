@@ -9,7 +9,8 @@ from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
 from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
-from rtb_nb.operators import Compose, Mask, Matrix
+from rtb_nb.operators import Mask, Matrix
+from rtb_nb.nonlinear import Compose
 from rtb_nb.particles import Tangent, fps, observe, resampled, twisted
 from rtb_nb.samplers import (CLEAN, CallCounter, Level, ancestral, bridge, chance, cla, cla_ve,
     ddrm, dps, ladder, law, max_ratio, pigdm)
@@ -333,6 +334,8 @@ bad_input = {
     'times up': (lambda: cla(problem, y, 4, times=[.1, .5, .9]), 'noise first, got [0.1'),
     'times beyond': (lambda: cla(problem, y, 4, times=[2., .9, .1]), 'within [0, 1]'),
     'times nan': (lambda: cla(problem, y, 4, times=[1., math.nan, .1]), 'within [0, 1]'),
+    'times without signal': (lambda: ddrm(problem, y, 4, times=[1., .5, .1]),
+        'there is none at t = 1: begin times later'),
     'no times': (lambda: fps(problem, y, 4, times=[]), 'got shape (0,)'),
     'one time': (lambda: mgdm(problem, y, 4, times=[.5]),
         'at least three levels, got shape (1,)'),
@@ -376,6 +379,7 @@ bad_input = {
     'adam rate': (lambda: adam_fit(3, -1.), 'lr must be a positive number, got -1.0'),
     'sweeps': (lambda: mgdm(problem, y, 4, gibbs=0),
         'gibbs must be a positive whole number, got 0'),
+    'nonlinear filter': (lambda: fps(photons, counts, 4), 'needs Gaussian noise'),
     'down': (lambda: mgdm(problem, y, 4, down=0),
         'down must be a positive whole number, got 0'),
     'short walk': (lambda: mgdm(problem, y, 4, steps=2), 'of at least 3, got 2'),

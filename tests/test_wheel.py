@@ -1,4 +1,4 @@
-"The wheel holds the library, its weights and its licence, and works where only torch, numpy, fastcore and safetensors are"
+"The wheel holds library, weights and licence, and works with little more than torch"
 import email, json, os, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 
@@ -6,7 +6,8 @@ import pytest
 
 from project import LIB, ROOT, python
 
-ABSENT = ['nbdev', 'execnb', 'lpips', 'papermill', 'caustics', 'skimage', 'matplotlib', 'diffusers']
+ABSENT = ['nbdev', 'execnb', 'lpips', 'papermill', 'caustics', 'skimage', 'matplotlib',
+          'diffusers']
 MODULES = sorted(p.relative_to(ROOT).as_posix() for p in LIB.rglob('*.py'))
 ASSETS = sorted(p.relative_to(ROOT).as_posix() for p in (LIB/'assets').glob('*'))
 
@@ -18,10 +19,13 @@ def settings():
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    "Built as a release is: the tree -> a source archive -> the wheel, so that a file missing from the archive shows"
+    "Built as a release is, through a source archive, so that a file missing there shows"
     tree, dist = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('dist')
-    for n in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT/n, tree)
-    for n in ('rtb_nb', 'nbs', 'tests', 'tools'): shutil.copytree(ROOT/n, tree/n, symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
+    files = 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'
+    for n in files: shutil.copy(ROOT/n, tree)
+    unwanted = shutil.ignore_patterns('__pycache__')
+    for n in ('rtb_nb', 'nbs', 'tests', 'tools'):
+        shutil.copytree(ROOT/n, tree/n, symlinks=True, ignore=unwanted)
     python('-m', 'build', '--no-isolation', '--outdir', dist, cwd=tree)
     return next(dist.glob('*.whl'))
 
@@ -30,8 +34,10 @@ def installed(wheel, tmp_path_factory):
     "A folder with the wheel alone, installed without what it requires"
     target = tmp_path_factory.mktemp('site')
     uv = os.environ.get('UV') or shutil.which('uv')
-    command = [uv, 'pip', 'install', '--python', sys.executable] if uv else [sys.executable, '-m', 'pip', 'install']
-    done = subprocess.run([*command, '--no-deps', '--target', target, wheel], capture_output=True, text=True)
+    command = [uv, 'pip', 'install', '--python', sys.executable] if uv \
+        else [sys.executable, '-m', 'pip', 'install']
+    command += ['--no-deps', '--target', target, wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
 
@@ -43,20 +49,24 @@ def test_wheel_says_what_settings_say(wheel, settings):
     z = zipfile.ZipFile(wheel)
     info = next(n for n in z.namelist() if n.endswith('.dist-info/METADATA'))
     meta = email.message_from_bytes(z.read(info))
-    assert meta['License-Expression'] == settings['license'] == 'Apache-2.0' and meta.get_all('License-File') == ['LICENSE']
+    assert meta['License-Expression'] == settings['license'] == 'Apache-2.0'
+    assert meta.get_all('License-File') == ['LICENSE']
     assert z.read(info.replace('METADATA', 'licenses/LICENSE')) == (ROOT/'LICENSE').read_bytes()
-    assert (meta['Name'], meta['Version'], meta['Summary']) == (settings['lib_name'], settings['version'], settings['description'])
+    assert [meta[k] for k in ('Name', 'Version', 'Summary')] == \
+        [settings[k] for k in ('lib_name', 'version', 'description')]
     assert meta['Requires-Python'] == f">={settings['min_python']}"
     assert meta.get_payload(decode=True).decode() == (ROOT/'README.md').read_text()
     core = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(core) == len(settings['requirements'].split())
-    assert not [r for r in core if r.startswith(('nbdev', 'execnb', 'pytest', 'jupytext', 'smalldocs'))], 'tools belong in the dev extra'
+    tools = 'nbdev', 'execnb', 'pytest', 'jupytext', 'smalldocs'
+    assert not [r for r in core if r.startswith(tools)], 'tools belong in the dev extra'
 
 def test_weights_have_cards_and_stay_small():
     for path in sorted((LIB/'assets').glob('*.safetensors')):
         card = json.loads(path.with_suffix('.json').read_text())
-        assert path.stat().st_size <= 4*2**20, f'{path.name} has {path.stat().st_size/2**20:.1f} MiB: at most 4 are shipped'
-        assert card.get('licence') or card.get('license'), f'the card of {path.name} names no licence'
+        size = path.stat().st_size/2**20
+        assert size <= 4, f'{path.name} has {size:.1f} MiB: at most 4 are shipped'
+        assert card.get('licence') or card.get('license'), f'{path.name} names no licence'
 
 PROBE = '''
 import importlib, pkgutil, sys
@@ -66,22 +76,28 @@ target, absent = sys.argv[1], set(sys.argv[2].split())
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in absent: raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+        if name.partition('.')[0] in absent:
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, target)
 import rtb_nb
 assert rtb_nb.__version__ == version('rtb_nb')
-for m in pkgutil.iter_modules(rtb_nb.__path__): print(importlib.import_module(f'rtb_nb.{m.name}').__name__)
+for m in pkgutil.iter_modules(rtb_nb.__path__):
+    print(importlib.import_module(f'rtb_nb.{m.name}').__name__)
 for p in sorted(Path(target, 'rtb_nb', 'assets').glob('*.safetensors')):
     from rtb_nb.priors import load_prior
     load_prior(p.stem)
     print('prior', p.stem)
-strangers = [m for n, m in sys.modules.items() if n.partition('.')[0] == 'rtb_nb' and not Path(m.__file__).is_relative_to(target)]
-assert not strangers, strangers  # an editable install of the tree must not stand in for what the wheel lacks
+# an editable install of the tree must not stand in for what the wheel lacks
+ours = [m for n, m in sys.modules.items() if n.partition('.')[0] == 'rtb_nb']
+strangers = [m for m in ours if not Path(m.__file__).is_relative_to(target)]
+assert not strangers, strangers
 '''
 
 def test_wheel_imports_without_optional_packages(installed):
     said = python('-I', '-c', PROBE, installed, ' '.join(ABSENT), cwd=installed).splitlines()
-    assert {s for s in said if s.startswith('rtb_nb.')} == {f'rtb_nb.{p.stem}' for p in LIB.glob('*.py') if p.stem != '__init__'}
-    assert {s.split()[1] for s in said if s.startswith('prior ')} == {p.stem for p in (LIB/'assets').glob('*.safetensors')}
+    modules = {f'rtb_nb.{p.stem}' for p in LIB.glob('*.py') if p.stem != '__init__'}
+    assert {s for s in said if s.startswith('rtb_nb.')} == modules
+    priors = {p.stem for p in (LIB/'assets').glob('*.safetensors')}
+    assert {s.split()[1] for s in said if s.startswith('prior ')} == priors
