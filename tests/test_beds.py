@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from rtb_nb.beds import (cosine_modes, ddpm_times, hidden_modes, hole, nine_modes, observed, plane,
-    scalar, sixteen, small_lens, two_modes, unequal_modes)
+from rtb_nb.beds import (cosine_modes, ddpm_times, hidden_modes, hole, nine_modes, observed,
+    plane, scalar, sixteen, small_lens, two_modes, unequal_modes)
 from rtb_nb.exact import ExactChain
 
 GAUSSIAN = dict(plane=plane, sixteen=sixteen, scalar=scalar, hole=lambda: hole(size=24),
@@ -34,7 +34,6 @@ def test_mixtures_know_their_shares(make):
     bed = make()
     at = torch.cdist(bed.ends(4000), bed.modes.double()).argmin(1)
     shares = torch.bincount(at, minlength=len(bed.modes))/4000
-    # the modes of the prior move in the posterior, in twenty dimensions further than in the plane
     assert abs(bed.exact.weights.sum() - 1) < 1e-6
     assert (shares - bed.exact.weights).abs().sum()/2 < .1
 
@@ -54,10 +53,15 @@ def test_beds_move_as_a_whole(make):
     assert bed.exact.weights.device.type == 'cpu' and bed.ends(2).device.type == 'cpu'
 
 def test_a_tilt_follows_its_problem():
-    "A device or a precision: every .to() takes the same way"
-    log_r = nine_modes().problem.to(torch.float32).likelihood.log_r
-    for density in (log_r.above, log_r.below):
-        assert density.mixture_distribution.logits.dtype == torch.float32
+    "Every .to() builds its densities anew, from what has moved (test_pretend runs it on a device)"
+    problem = nine_modes().problem
+    log_r = problem.likelihood.log_r
+    before = log_r.above, log_r.below
+    problem.to('cpu')
+    assert log_r.above is not before[0] and log_r.below is not before[1]
+    x = torch.randn(5, 2)
+    above, below = (density.log_prob(x.double()) for density in before)
+    assert torch.equal(log_r(x), (above - below).to(x))
 
 BAD = {'odd dimensions': (lambda: cosine_modes(3), 'd must be even, got 3'),
     'no hole': (lambda: hole(size=2), 'size must be'),
