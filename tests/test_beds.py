@@ -53,7 +53,7 @@ def test_beds_move_as_a_whole(make):
     assert bed.exact.weights.device.type == 'cpu' and bed.ends(2).device.type == 'cpu'
 
 def test_a_tilt_follows_its_problem():
-    "Every .to() builds its densities anew, from what has moved (test_pretend runs it on a device)"
+    "Every .to() builds its densities anew, from what has moved"
     problem = nine_modes().problem
     log_r = problem.likelihood.log_r
     before = log_r.above, log_r.below
