@@ -53,7 +53,7 @@ def widest(x, # a tensor, or what torch makes one of
 # %% ../nbs/01_schedule.ipynb #1d563cc4
 def _at_least_single(t:Tensor) -> Tensor:
     "Times in float32 where they came in less, or as whole numbers"
-    t = torch.as_tensor(t)
+    if not isinstance(t, Tensor): t = torch.as_tensor(t)
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 # %% ../nbs/01_schedule.ipynb #2e6a133a
