@@ -30,12 +30,13 @@ _moved = {
                  'end_noise': 'rtb_nb.posterior.Step, as step.noise_of_end',
                  'end_shift': 'rtb_nb.posterior.Step, as step.end_as_drift'},
     'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture'),
-    'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet') |
+    'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet',
+                    'attention_or_convolution') |
         _to('checkpoints', 'save_tensors', 'load_tensors', 'flat_state', 'load_state'),
     'operators': _to('imaging', 'Separable', 'Blur', 'gaussian_blur', 'motion_kernel',
-                     'bicubic', 'block_average', 'box_mask', 'random_mask') |
+                     'bicubic', 'block_average', 'box_mask', 'random_mask', 'image_shape') |
         _to('nonlinear', 'Compose', 'LinearCompose', 'FourierMagnitude', 'NonlinearBlur',
-            'Frozen') |
+            'Frozen', 'is_physics') |
         _to('deepinv', 'PhysicsOperator', 'as_operator', 'to_deepinv', 'denoiser_to_deepinv') |
         {'mirrored': 'rtb_nb.imaging.mirror_index'},
     'priors': _to('pretrained', 'Clipped', 'TimestepNet', 'from_diffusers',

@@ -32,8 +32,8 @@ class Likelihood(nn.Module):
             known = noise_of(self.operator)
             if noise_std is None: noise_std = known
             elif known is not None and known != noise_std:
-                raise ValueError(f'this Physics has noise of {known:g} of its own, got noise_std '
-                    f'{noise_std!r}: leave it out, or change its noise_model')
+                raise ValueError(f'this Physics has noise of {known:g} of its own, '
+                    f'got noise_std {noise_std!r}: leave it out, or change its noise_model')
             noise_std = check_number('noise_std', noise_std, '(0, inf)',
                 'it is in units of the measurement')
         elif noise_std is not None:

@@ -57,9 +57,9 @@ CASES = [dict(), dict(prediction_type='v_prediction'), dict(prediction_type='sam
     dict(steps_offset=1, timestep_spacing='leading'),
     dict(num_train_timesteps=200, variance_type='fixed_large', prediction_type='v_prediction')]
 
-@pytest.mark.parametrize('steps', [10, 60, 'all'])
 def words(case): return ' '.join(map(str, case.values())) or 'as it comes'
 
+@pytest.mark.parametrize('steps', [10, 60, 'all'])
 @pytest.mark.parametrize('case', CASES, ids=words)
 def test_steps_are_those_of_diffusers(unet, case, steps, monkeypatch):
     if case.get('steps_offset') and steps == 'all':

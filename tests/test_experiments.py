@@ -13,10 +13,10 @@ def stamps(folder):
     np.savez(folder/'stamps.npz', train=blobs[:16], test=blobs[16:])
     return folder/'stamps.npz'
 
-def digits(folder):
-    "Blobs in place of digits: the wide ones are called 1"
+def digits(folder, n=610):
+    "Blobs in place of digits, `n` to test with: the wide ones are called 1"
     y, x = np.mgrid[:28, :28]
-    width = np.random.default_rng(0).uniform(2, 6, 610)
+    width = np.random.default_rng(0).uniform(2, 6, n)
     blobs = (255*np.exp(-((x-14)**2 + (y-14)**2)/2/width[:, None, None]**2)).astype(np.uint8)
     labels = (width > 4).astype(int)
     np.savez(folder/'mnist.npz', train=blobs[:64], test=blobs,
@@ -26,7 +26,7 @@ def digits(folder):
 # The smallest runs of each experiment; one that is not named has one, budget='smoke'.
 # A function makes the value from a folder.
 SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
-                           dict(dataset='mnist', data=digits)],
+                           dict(dataset='mnist', data=lambda folder: digits(folder, 64))],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)]}
 RUNS = [(p, values) for p in experiments() for values in SMALLEST.get(name(p), [{}])]
 

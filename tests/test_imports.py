@@ -50,6 +50,6 @@ print(len(trainer.history), table([record(dict(row='RTB'), dict(elbo=1.))]).cell
 '''
 
 def test_trains_without_what_only_some_functions_need():
-    "With neither the notebooks' tools nor the metrics' networks: import, two iterations, a table"
+    "Without the notebooks' tools and the metrics' networks: import, two iterations, a table"
     said = python('-c', TRAINS, 'nbdev', 'execnb', 'papermill', 'lpips', 'diffusers', 'deepinv')
     assert said.split() == ['2', 'RTB']
