@@ -95,13 +95,12 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
 def _as_tensor(y) -> Tensor:
     "Numbers of any kind as a real tensor"
     if not isinstance(y, Tensor):
-        try: y = np.asarray(y)
-        except (TypeError, ValueError): pass
-        if not isinstance(y, np.ndarray) or y.dtype.kind not in 'fiub':
-            kind = type(y).__name__ + (f' of {y.dtype}' if isinstance(y, np.ndarray) else '')
+        try: array = np.asarray(y)
+        except ValueError: array = np.array(None) # ragged
+        if array.dtype.kind not in 'fiub':
             raise TypeError('a measurement is a tensor, an array or a list of real numbers, '
-                f'got {kind}')
-        y = torch.from_numpy(np.array(y, dtype=y.dtype.newbyteorder('=')))
+                f'got {type(y).__name__} of {array.dtype}')
+        y = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder('=')))
     if y.is_complex():
         raise TypeError('a measurement is real, got complex numbers: take their parts')
     return y.detach()
