@@ -56,16 +56,17 @@ def look(posterior:Posterior, # of points in the plane
 # %% ../nbs/15c_panel.ipynb #b9e91527
 @patch
 def show(self:View, lim=(-2., 2.), # of both coordinates
-    window=(-6., 3.) # of log w, around log Z, in nats
+    window=(-6., 3.), # of log w, around log Z, in nats
+    role='learned' # or 'guidance', or 'prior': whose samples these are
     ):
     "Samples on the exact density, log-weights around the exact log Z; returns the axes"
     left, right = axes = new_axes(1, 2, 7.2, 2.9)
     q, log_z = self.exact.posterior(), self.exact.log_evidence
     log_prob = lambda x: q.log_prob(x.to(q.mean))
-    show_samples(learned=self.x, exact=log_prob, xlim=lim, ylim=lim, size=3, ax=left,
+    show_samples({role: self.x}, exact=log_prob, xlim=lim, ylim=lim, size=3, ax=left,
         xlabel='first coordinate', ylabel='second coordinate')
     edges = [log_z + v for v in window]
-    show_hist({'log w': self.log_w.double().clamp(*edges)}, xlim=edges, roles={'log w': 'learned'},
+    show_hist({'log w': self.log_w.double().clamp(*edges)}, xlim=edges, roles={'log w': role},
         xlabel='log w (nats), outer bins: all beyond', ax=right)
     right.axvline(log_z, color=role_colours['exact'], label='log Z')
     right.legend(frameon=False, fontsize=8, loc='upper right')
