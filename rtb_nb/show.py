@@ -131,13 +131,14 @@ def show_density(log_prob, # points (n, 2) -> log-densities (n,)
 def smoothed(x, # samples (n, 2), finite
     most=1000): # thinned to this many
     "The log-density of samples as a function of points (m, 2)"
-    x = torch.as_tensor(x, dtype=torch.float32)
+    x = torch.as_tensor(x, dtype=torch.float64)
     x = x[::-(-len(x)//most)]
-    white = torch.linalg.cholesky((x.T.cov() + 1e-9*torch.eye(2)).inverse())
+    cov, I = x.T.cov(), torch.eye(2, dtype=torch.float64)
+    white = torch.linalg.cholesky((cov + (1e-6*cov.trace() + 1e-12)*I).inverse())
     x, n = x@white, len(x)
     width = torch.cdist(x, x).kthvalue(min(n, 1+int(1.5*n**.5)), 1).values.clamp(min=1e-6)
     def log_prob(points):
-        r = torch.cdist(points.float()@white, x)/width
+        r = torch.cdist(points.double()@white, x)/width
         log_p = (-r.square()/2 - 2*width.log()).logsumexp(1)
         return log_p - math.log(2*math.pi*n) + white.logdet()
     return log_prob
