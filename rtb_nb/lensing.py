@@ -218,7 +218,8 @@ def show_sky(lens:Lens, images, titles=None, # as for `show_images`
         for pair in pairs if drawn else []:
             ax.plot(*pair[plane == 'source'].T, color=other_colours[2], lw=1)
         ax.set(xlim=(-half, half), ylim=(half, -half))
-        for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5]))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5]))
         ax.tick_params(labelsize=6, length=2, pad=2)
         ax.set_xlabel('arcsec', fontsize=6, labelpad=1)
     return axes
@@ -247,9 +248,12 @@ def _blocks(im, size) -> np.ndarray: # (size, size, block, block)
     return im.reshape(size, block, size, block).swapaxes(1, 2)
 
 def _noise_level(x) -> float: # standard deviation per pixel of an image (H, W)
-    "Independent noise, from each pixel against a plane through its neighbours (Immerkaer 1996)"
+    "Noise of the darker half: pixels against planes through their neighbours (Immerkaer 1996)"
+    from scipy import ndimage
     d = 4*x[1:-1, 1:-1] + x[:-2, :-2] + x[:-2, 2:] + x[2:, :-2] + x[2:, 2:]
     d = d - 2*(x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:])
+    level = ndimage.median_filter(x, 3)[1:-1, 1:-1]
+    d = d[level <= np.median(level)]
     return float(1.4826*np.median(abs(d - np.median(d)))/6)
 
 def _noise(noise, shape, size) -> np.ndarray: # of the averaged pixels: one number, or a map
@@ -282,9 +286,10 @@ def load_observation(path, # .npy, .png or .fits
     std = None if noise is None else _noise(noise, im.shape, size)
     blocks = _blocks(im, size)
     fov, im = len(blocks)*blocks.shape[-1]*pixel_scale, blocks.mean((2, 3))
-    hidden = np.zeros(im.shape, bool) if std is None else np.broadcast_to(std, im.shape) == np.inf
+    hidden = np.broadcast_to(np.isinf(0. if std is None else std), im.shape)
     bad = (~np.isfinite(im) & ~hidden).sum()
-    if bad: raise ValueError(f'{bad} pixels are not finite: repair them, or give noise inf there')
+    if bad:
+        raise ValueError(f'{bad} pixels are not finite: repair them, or give noise inf there')
     border = np.r_[im[0], im[-1], im[1:-1, 0], im[1:-1, -1]]
     if sky is None: sky = np.median(border[np.isfinite(border)])
     light = np.where(hidden, 0., im - check_number('sky', sky, '(-inf, inf)'))
@@ -297,7 +302,8 @@ def load_observation(path, # .npy, .png or .fits
     y = light/check_number('unit', unit)
     if std is None: std = _noise_level(light)
     std = torch.from_numpy(std/unit)[None, None].float() if np.ndim(std) else float(std/unit)
-    return Observation(torch.from_numpy(y)[None, None].float(), std, fov, float(sky), float(unit))
+    y = torch.from_numpy(y)[None, None].float()
+    return Observation(y, std, fov, float(sky), float(unit))
 
 # %% ../nbs/08_lensing.ipynb #3af9bf48
 def even_noise(operator, # linear, to images of the map's shape
