@@ -37,7 +37,7 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
                            dict(dataset='mnist', data=lambda folder: digits(folder, 64))],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
             'tutorials/2_undo_a_lens': [dict(
-                path=lens_image, iterations=1, n_samples=3,
+                path=lens_image, iterations=1, own_iterations=1, n_samples=3,
                 save_to=lambda folder: folder/'source.fits')]}
 RUNS = [(p, values) for p in experiments() for values in SMALLEST.get(name(p), [{}])]
 
