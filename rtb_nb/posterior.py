@@ -59,20 +59,6 @@ class Posterior(Diffusion):
         self.prior, self.drifts = prior.requires_grad_(False), nn.ModuleList(drifts)
         self.likelihood, self.denoiser = likelihood, None
         self.chain, self.shape, self.last_noise = prior.chain, prior.shape, prior.last_noise
-    @property
-    def dtype(self) -> torch.dtype: return self.prior.dtype
-    @property
-    def guesser(self) -> Diffusion:
-        "Whose guess its steps start from: the prior's"
-        return self.prior
-    def describe(self) -> dict:
-        measured = {} if self.likelihood is None else self.likelihood.describe()
-        drifts = ' + '.join(map(repr, self.drifts)) or 'none'
-        return {'prior': self.prior.brief} | measured | {'drifts': drifts}
-    def measurement(self, y) -> Tensor: # (M, ...)
-        "Measurements as its likelihood takes them in; as they are without a likelihood"
-        return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
-    def measured(self, y, n): return repeat_y(self.measurement(y), n, self.device)
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
         level = {n: self.chain.at(n, k, x) for n in ('alpha', 'sigma', 'c0', 'std')}
@@ -87,6 +73,28 @@ class Posterior(Diffusion):
         if x0_hat is None: x0_hat = self.prior.denoise(x, k)
         s = self.chain.at('std', k, x)
         return gaussian(self.mean(x, k, x0_hat) + s*self.drift(x, k, y, x0_hat), s)
+
+# %% ../nbs/03a_posterior.ipynb #72b738c8
+@patch(as_prop=True)
+def dtype(self:Posterior) -> torch.dtype: return self.prior.dtype
+@patch(as_prop=True)
+def guesser(self:Posterior) -> Diffusion:
+    "Whose guess its steps start from: the prior's"
+    return self.prior
+@patch
+def describe(self:Posterior) -> dict:
+    measured = {} if self.likelihood is None else self.likelihood.describe()
+    drifts = ' + '.join(map(repr, self.drifts)) or 'none'
+    return {'prior': self.prior.brief} | measured | {'drifts': drifts}
+
+# %% ../nbs/03a_posterior.ipynb #983853d1
+@patch
+def measurement(self:Posterior, y) -> Tensor: # (M, ...)
+    "Measurements as its likelihood takes them in; as they are without a likelihood"
+    return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
+
+@patch
+def measured(self:Posterior, y, n): return repeat_y(self.measurement(y), n, self.device)
 
 @patch
 def simulate(self:Posterior, y, # one measurement (1, ...), or one per path (n, ...)
