@@ -39,10 +39,12 @@ def in_words(thing) -> str:
     if size(thing): said.append(f'{size(thing):,} parameters')
     return f'{type(thing).__name__}({", ".join(said)})'
 
+# %% ../nbs/03_diffusion.ipynb #8af57297
 def kind_of(x:Tensor) -> str:
     "Precision and place"
     return f'{x.dtype} on {x.device}'.removeprefix('torch.')
 
+# %% ../nbs/03_diffusion.ipynb #ac76cad1
 class Described:
     "What shows as a line in a terminal and as a small table in a notebook"
     def describe(self) -> dict:
@@ -86,10 +88,12 @@ class Trajectories(Described):
 # %% ../nbs/03_diffusion.ipynb #660cf199
 @patch
 def __getitem__(self:Trajectories, i) -> Trajectories: # i indexes the batch: a slice or tensor
+    "Some of the paths"
     pick = lambda v: None if v is None else v[i]
     x0_hat = None if self.x0_hat is None else self.x0_hat[:, i]
     return Trajectories(self.x[:, i], pick(self.y), x0_hat, pick(self.branch), self.guessed_by)
 
+# %% ../nbs/03_diffusion.ipynb #27225c51
 @patch
 def to(self:Trajectories, device) -> Trajectories:
     "The same paths on another device"
@@ -97,6 +101,7 @@ def to(self:Trajectories, device) -> Trajectories:
     parts = (self.x, self.y, self.x0_hat, self.branch)
     return Trajectories(*map(move, parts), self.guessed_by)
 
+# %% ../nbs/03_diffusion.ipynb #fe6974ee
 @patch(cls_method=True)
 def cat(cls:Trajectories, parts:list) -> Trajectories:
     "One batch of several; guesses survive where all have one's, and branches stay apart"
@@ -136,7 +141,7 @@ class Chain(Bookkeeping):
 # %% ../nbs/03_diffusion.ipynb #eddf5f06
 class Diffusion(Described, nn.Module):
     "A prior: `steps` Gaussian steps from noise to data plus visible noise `last_noise`"
-    def __init__(self, denoiser, # E[x0 given x_t], a `Denoiser`
+    def __init__(self, denoiser, # E[x0 given x_t], a Denoiser
         shape, # the event's shape, such as (1, 32, 32) or (2,)
         steps=50, # K
         last_noise=.02, # noise of the last level, in the data's units
@@ -201,6 +206,7 @@ def guesser(self:Diffusion) -> Diffusion:
     "Whose guess its steps start from: its own"
     return self
 
+# %% ../nbs/03_diffusion.ipynb #b7ce7a11
 @patch
 @torch.no_grad()
 def walk(self:Diffusion, n:int, y=None, # the measurement of each path (n, ...)
@@ -238,6 +244,7 @@ def collect(self:Diffusion, steps, # what `walk` yields, from the first level on
         path[k], guesses[k], path[k+1] = x, x0_hat, following
     return Trajectories(path, y, guesses, guessed_by=self.guesser)
 
+# %% ../nbs/03_diffusion.ipynb #6740239a
 @patch
 def simulate(self:Diffusion, n:int, spread=1.) -> Trajectories:
     "Draw `n` whole paths"
@@ -254,6 +261,7 @@ def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of 
     known = tau.x0_hat if ours else [None]*self.steps
     return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
 
+# %% ../nbs/03_diffusion.ipynb #44da7f35
 @patch
 @torch.no_grad()
 def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
@@ -276,18 +284,20 @@ def repeat_y(y, n:int, # number of paths
     raise ValueError(f'y must hold one measurement, or one for each of the {n} paths, '
         f'along its first dimension; got shape {tuple(y.shape)}')
 
+# %% ../nbs/03_diffusion.ipynb #dada4702
 @patch
 def measured(self:Diffusion, y, n:int) -> Tensor: # (n, ...), or None for None
     "The measurement of each of `n` paths"
     return repeat_y(y, n, self.device)
 
-# %% ../nbs/03_diffusion.ipynb #dada4702
+# %% ../nbs/03_diffusion.ipynb #561ad25c
 @patch
 def noise(self:Diffusion, x:Tensor, # (B, ...) at level k+1
     k) -> Distribution:
     "Markov noising: distribution of x[k] given x[k+1]"
     return gaussian(self.chain.at('a', k, x)*x, self.chain.at('b', k, x))
 
+# %% ../nbs/03_diffusion.ipynb #26942118
 @patch
 @torch.no_grad()
 def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)

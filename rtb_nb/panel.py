@@ -31,7 +31,8 @@ class View:
     def numbers(self) -> dict:
         "`log_z` exact; `elbo`, `std` of log w, `ess` of n samples"
         found = evidence(self.log_w)
-        return dict(log_z=self.exact.log_evidence) | {k: found[k] for k in ('elbo', 'std', 'ess')}
+        kept = {name: found[name] for name in ('elbo', 'std', 'ess')}
+        return dict(log_z=self.exact.log_evidence) | kept
     def __str__(self):
         v = self.numbers
         return (f'log Z {v["log_z"]:.2f}, ELBO {v["elbo"]:.2f}; '
@@ -130,15 +131,17 @@ class Panel:
         time = widgets.HBox([self.play, self.iteration])
         self.box = widgets.VBox([*sliders[:2], time, self.numbers, self.picture])
         self.update()
-
-    def update(self, change=None):
-        "Draw again, as the sliders stand"
-        likelihood = Likelihood(self.problem.operator, self.noise.value)
-        problem = InverseProblem(self.problem.prior, likelihood)
-        posterior = self.snapshots[self.iteration.value].under(problem)
-        self.view = look(posterior, [[self.measurement.value]], self.n, self.exact)
-        self.numbers.value = str(self.view)
-        self.picture.value = _png(self.view.show(**self.options))
     def _ipython_display_(self):
         from IPython.display import display
         display(self.box)
+
+# %% ../nbs/15c_panel.ipynb #3c34ac1e
+@patch
+def update(self:Panel, change=None):
+    "Draw again, as the sliders stand"
+    likelihood = Likelihood(self.problem.operator, self.noise.value)
+    problem = InverseProblem(self.problem.prior, likelihood)
+    posterior = self.snapshots[self.iteration.value].under(problem)
+    self.view = look(posterior, [[self.measurement.value]], self.n, self.exact)
+    self.numbers.value = str(self.view)
+    self.picture.value = _png(self.view.show(**self.options))
