@@ -294,7 +294,7 @@ def _prior_file(name) -> Path:
 
 # %% ../nbs/06_priors.ipynb #da64fe22
 @torch.inference_mode(False)
-def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that `save_prior` wrote
+def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that save_prior wrote
     steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
     device='cpu',
     dtype=torch.float32 # torch.bfloat16 runs the network in mixed precision, see in_bfloat16
