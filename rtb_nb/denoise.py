@@ -224,6 +224,7 @@ def forward(self:MixtureDenoiser, x, t):
     guess = (logits.softmax(-1)[..., None]*(m + a*v/total*r)).sum(1)
     return guess.to(x.dtype)
 
+# %% ../nbs/02_denoise.ipynb #9a604c57
 @patch
 def distribution(self:MixtureDenoiser):
     "The mixture itself, as a torch distribution"

@@ -99,6 +99,7 @@ def _backwards(self:ExactChain, keep):
     self.best_elbo = (best - self.s0*P.trace()/2).item()
     self.log_h0 = exact.item()
 
+# %% ../nbs/09a_exact.ipynb #c279e278
 @patch(as_prop=True)
 def gap(self:ExactChain) -> float:
     "log Z minus the best ELBO at shared variance, in nats"
@@ -114,6 +115,7 @@ def posterior(self:ExactChain) -> MultivariateNormal:
     weighed = self.mean/self.var + A.T @ self.residual/var
     return MultivariateNormal(cov @ self.V @ weighed, cov)
 
+# %% ../nbs/09a_exact.ipynb #437e6f2c
 @patch
 def mean_shift(self:ExactChain, mu:Tensor, # the prior's mean (B, D)
     k:int) -> Tensor: # (B, D)

@@ -280,6 +280,7 @@ def shipped_priors() -> list:
     names = (p.name for p in (files('rtb_nb')/'assets').iterdir())
     return sorted(n.removesuffix('.safetensors') for n in names if n.endswith('.safetensors'))
 
+# %% ../nbs/06_priors.ipynb #96dc08f0
 def _prior_file(name) -> Path:
     "The file of a prior, by its path or its name"
     path = Path(name).expanduser()
@@ -291,12 +292,12 @@ def _prior_file(name) -> Path:
             'or give the path of a .safetensors file')
     return files('rtb_nb')/'assets'/f'{name}.safetensors'
 
-# %% ../nbs/06_priors.ipynb #96dc08f0
+# %% ../nbs/06_priors.ipynb #da64fe22
 @torch.inference_mode(False)
-def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that `save_prior` wrote
-    steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see `Diffusion`
+def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that save_prior wrote
+    steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
     device='cpu',
-    dtype=torch.float32 # torch.bfloat16 runs the network in mixed precision, see `in_bfloat16`
+    dtype=torch.float32 # torch.bfloat16 runs the network in mixed precision, see in_bfloat16
     ) -> Diffusion:
     "A prior with its card in `prior.card`"
     if dtype not in (torch.float32, torch.bfloat16):

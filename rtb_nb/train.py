@@ -53,8 +53,8 @@ class Trainer:
     "Fit a posterior's drifts to one or several measurements"
     def __init__(self, posterior:Posterior, # of a problem: `problem.posterior(drifts)`
         behaviour, # y -> Trajectories
-        objective:RTB=None, # `RTB()` if None
-        opt=None, # an optimiser of the drifts (and the objective); `default_optimiser` if None
+        objective:RTB=None, # RTB() if None
+        opt=None, # an optimiser of the drifts (and the objective); default_optimiser if None
         updates=1, # gradient steps per batch of paths
         fraction=1., # share of the steps to differentiate in each
         chunk=512, # most images per differentiated network call
@@ -77,6 +77,7 @@ class Trainer:
         self.rate, self.reference, self.is_healthy, self.last_good = 1., math.inf, True, {}
         self.trained_for = {} # the fingerprint of what has been trained
 
+# %% ../nbs/14_train.ipynb #0b50791f
 @patch
 def _settings(self:Trainer, updates, fraction, chunk, clip, beta, path):
     "Keep the numbers that are in order"
@@ -98,6 +99,7 @@ def batch(self:Trainer, y:Tensor) -> tuple: # Trajectories, log r of their ends 
     self.calls += tau.steps*len(tau)
     with torch.no_grad(): return tau, self.problem.log_likelihood(tau.x0, tau.y)
 
+# %% ../nbs/14_train.ipynb #c55ea53f
 @patch
 def iterate(self:Trainer, y:Tensor):
     "One batch of paths and its updates"
@@ -113,6 +115,7 @@ def iterate(self:Trainer, y:Tensor):
     self.history.append(dict(step=self.step, elbo=first.mean().item(), std=first.std().item(),
         log_r=log_r.mean().item(), beta=beta))
 
+# %% ../nbs/14_train.ipynb #95d85533
 @patch
 def update(self:Trainer, tau:Trajectories, log_r:Tensor) -> Tensor: # log-weights before it
     "One gradient step on given paths, if it may be taken"
@@ -149,12 +152,14 @@ def _average(self:Trainer, decay):
     ema = get_ema_multi_avg_fn(check_number('decay', decay, '[0, 1)'))
     self.average = AveragedModel(self.posterior.drifts, multi_avg_fn=ema)
 
+# %% ../nbs/14_train.ipynb #31f8fc28
 @patch
 def move(self:Trainer):
     "Take the step, and let the average follow"
     self.opt.step()
     self.average.update_parameters(self.posterior.drifts)
 
+# %% ../nbs/14_train.ipynb #f1f5da51
 @patch(as_prop=True)
 def averaged(self:Trainer) -> Posterior:
     "The posterior with averaged drifts: the one to sample from"
@@ -169,6 +174,7 @@ def clip_gradient(self:Trainer) -> float: # its length before
 # %% ../nbs/14_train.ipynb #39704134
 class Diverged(FloatingPointError): "Training that could not be brought back"
 
+# %% ../nbs/14_train.ipynb #e043a73a
 @patch
 def exploded(self:Guard, size:float, reference:float) -> bool:
     "Whether a median residual is out of all proportion"
@@ -197,6 +203,7 @@ def parts(self:Trainer) -> dict:
     return dict(drift=self.posterior.drifts, average=self.average, opt=self.opt,
         objective=self.objective)
 
+# %% ../nbs/14_train.ipynb #b2195f29
 @patch
 def snapshot(self:Trainer, **more) -> dict:
     "Copies of all parts' tensors"
@@ -204,6 +211,7 @@ def snapshot(self:Trainer, **more) -> dict:
     states = [flat_state(p.state_dict(), f'{n}.')[0] for n, p in parts]
     return {k: v.detach().clone() for state in states for k, v in state.items()}
 
+# %% ../nbs/14_train.ipynb #7f39fbe4
 @patch
 def roll_back(self:Trainer, why:str, size:float):
     "Skip a step; with a guard, return to the last good state at a smaller learning rate"
@@ -227,6 +235,7 @@ def stateful(self:Trainer) -> dict:
     both = dict(behaviour=self.behaviour, beta=self.beta)
     return {n: v for n, v in both.items() if isinstance(v, nn.Module)}
 
+# %% ../nbs/14_train.ipynb #02799f7c
 @patch
 def save(self:Trainer, path):
     "Write a checkpoint, whole or not at all"
@@ -238,6 +247,7 @@ def save(self:Trainer, path):
              'trained_for')
     save_tensors(path, tensors, {n: getattr(self, n) for n in names})
 
+# %% ../nbs/14_train.ipynb #c866a162
 @patch
 def load(self:Trainer, path):
     "Continue from a checkpoint that `save` wrote"
@@ -252,6 +262,7 @@ def load(self:Trainer, path):
     for n, v in meta.items(): setattr(self, n, v)
     return self
 
+# %% ../nbs/14_train.ipynb #ea1644a6
 @patch
 def resume(self:Trainer):
     "Continue from the checkpoint at `path`, if there is one yet"
@@ -287,6 +298,7 @@ class Terminated:
     def __exit__(self, *_):
         if self.main: signal.signal(signal.SIGTERM, self.before)
 
+# %% ../nbs/14_train.ipynb #16a5567e
 @patch
 def leave(self:Trainer):
     "End the process as it was asked to, with everything saved"
@@ -304,6 +316,7 @@ def set_rate(self:Trainer, iterations:int, warmup:int, anneal:float):
     scale = self.rate*min(1, rise, fall)
     for g, lr in zip(self.opt.param_groups, self.peak): g['lr'] = lr*scale
 
+# %% ../nbs/14_train.ipynb #5a3fabee
 @patch
 def checkpoint(self:Trainer, iterations:int, log):
     "Remember a healthy state, save, and say how it goes"
@@ -313,7 +326,7 @@ def checkpoint(self:Trainer, iterations:int, log):
     log(f"iteration {self.step}/{iterations}: ELBO {h['elbo']:.1f}, "
         f"std of log w {h['std']:.1f}, E log r {h['log_r']:.1f}, skipped {self.skipped}")
 
-# %% ../nbs/14_train.ipynb #5a3fabee
+# %% ../nbs/14_train.ipynb #f1114e59
 @patch
 def fit(self:Trainer, y, # measurements (M, ...)
     iterations:int, # train until this iteration in all, resumed ones counted
@@ -358,9 +371,9 @@ def attempt(self:Trainer, y:Tensor):
 
 # %% ../nbs/14_train.ipynb #056ceb05
 def image_drifts(problem:InverseProblem, # whose shapes count; the operator is read from steps
-    guide=None, # a guidance drift to start from; None: `LikelihoodGradient`, a hundredth of it
-    feature=None, # step -> how the network sees y; None: `measurement_feature`, or
-    # `likelihood_slope` where the operator has no adjoint
+    guide=None, # a guidance drift to start from; None: LikelihoodGradient, a hundredth of it
+    feature=None, # step -> how the network sees y; None: measurement_feature, or
+    # likelihood_slope where the operator has no adjoint
     width=64, depth=3) -> list: # drifts for `problem.posterior`
     "A gated guide and a patch transformer that sees x, x0_hat, the guide's shift and y"
     prior, (channels, height, side) = problem.prior, problem.prior.shape
