@@ -146,11 +146,10 @@ class Given(Diffusion):
         self.last_noise = posterior.last_noise
     @property
     def dtype(self) -> torch.dtype: return self.posterior.dtype
-    def denoise(self, x, k) -> Tensor:
-        with torch.no_grad():
-            x0_hat = self.posterior.prior.denoise(x, k)
-            u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
-            return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
+    def guess(self, x, k) -> Tensor:
+        x0_hat = self.posterior.prior.guess(x, k)
+        u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
+        return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
 
 @patch
 def given(self:Posterior, y # one measurement (1, ...)
