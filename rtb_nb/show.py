@@ -128,14 +128,33 @@ def show_density(log_prob, # points (n, 2) -> log-densities (n,)
     return ax
 
 # %% ../nbs/00_show.ipynb #dc57716c
+def smoothed(x, # samples (n, 2), finite
+    most=1000): # thinned to this many
+    "The log-density of samples as a function of points (m, 2)"
+    x = torch.as_tensor(x, dtype=torch.float32)
+    x = x[::-(-len(x)//most)]
+    white = torch.linalg.cholesky((x.T.cov() + 1e-9*torch.eye(2)).inverse())
+    x, n = x@white, len(x)
+    width = torch.cdist(x, x).kthvalue(min(n, 1+int(n**.5)), 1).values.clamp(min=1e-6)
+    def log_prob(points):
+        r = torch.cdist(points.float()@white, x)/width
+        log_p = (-r.square()/2 - 2*width.log()).logsumexp(1)
+        return log_p - math.log(2*math.pi*n) + white.logdet()
+    return log_prob
+
+# %% ../nbs/00_show.ipynb #c7c259a0
 def show_samples(
     samples=None, # label -> samples (n, 2), or a function (m, 2) -> log-density (m,)
-    *, xlim=None, ylim=None, xlabel='', ylabel='',
+    *, xlim=None, ylim=None, xlabel='first coordinate', ylabel='second coordinate',
+    contours=(), # labels whose samples are drawn as contours, so that no dots hide others
     roles=None, # label -> role, for labels that are none
     size=5, alpha=.5, # of a dot
     ax=None, **by_role): # exact=, learned=, prior=, ...: as `samples`, named by their role
     "Samples in the plane as dots, log-densities as contours; returns the axes"
     samples = {**(samples or {}), **by_role}
+    contours = [contours] if isinstance(contours, str) else contours
+    if set(contours) - samples.keys():
+        raise ValueError(f'contours names {contours}, but the samples are {list(samples)}')
     dots = {k: to_numpy(v) for k, v in samples.items() if not callable(v)}
     for k, v in dots.items():
         if v.ndim != 2 or v.shape[1] != 2:
@@ -152,6 +171,7 @@ def show_samples(
         xlim, ylim = xlim or (low[0]-pad, high[0]+pad), ylim or (low[1]-pad, high[1]+pad)
     if ax is None: ax = new_axes(width=3.6, height=3.2)
     for (label, v), (colour, _) in zip(samples.items(), curve_styles(samples, roles)):
+        if label in contours and not callable(v): v = smoothed(good[label])
         if callable(v): show_density(v, xlim, ylim, role=colour, label=label, ax=ax)
         else:
             lost = len(dots[label]) - len(good[label])
@@ -204,38 +224,68 @@ def image_list(
     return res
 
 # %% ../nbs/00_show.ipynb #8d955475
-def draw_image(ax, im, # (H, W) or (H, W, 3)
-    vmin=-1, vmax=1, cmap='gray', colorbar=False): # vmin, vmax: None takes the image's own
-    "One image without ticks, undefined pixels in red; returns what matplotlib drew"
-    import matplotlib
+_diverging = 'coolwarm', 'bwr', 'seismic', 'RdBu', 'RdBu_r'
+
+def colour_limits(im, vmin=None, vmax=None, cmap='gray') -> tuple: # (vmin, vmax)
+    "The limits, those that are None from the image: about zero if the map has a neutral middle"
     ok = im[np.isfinite(im)]
-    if vmin is None: vmin = ok.min() if ok.size else 0.
-    if vmax is None: vmax = ok.max() if ok.size else 1.
+    low, high = (ok.min(), ok.max()) if ok.size else (0., 1.)
+    if cmap in _diverging:
+        high = max(abs(low), abs(high)) if vmin is None else -vmin
+        low = -high if vmax is None else -vmax
+    return low if vmin is None else vmin, high if vmax is None else vmax
+
+# %% ../nbs/00_show.ipynb #38275d3c
+def draw_image(ax, im, # (H, W) or (H, W, 3)
+    vmin=-1, vmax=1, cmap='gray', # vmin, vmax: None takes the image's own
+    colorbar=False, # True, or its label
+    extent=None, # half the image's side in `unit`, or its left, right, bottom and top
+    unit='arcsec',
+    curves=None): # points (m, 2) in `unit`, or a list of such
+    "One image, undefined pixels in red, no ticks without an extent; returns what was drawn"
+    import matplotlib
+    vmin, vmax = colour_limits(im, vmin, vmax, cmap)
+    whole = extent is None or np.ndim(extent)
+    box = extent if whole else (-extent, extent, extent, -extent)
     if im.ndim == 3:
         shown = np.clip((im-vmin)/((vmax-vmin) or 1.), 0, 1)
         shown[~np.isfinite(im).all(-1)] = 1, 0, 0
-        drawn = ax.imshow(shown, interpolation='nearest')
+        drawn = ax.imshow(shown, extent=box, interpolation='nearest')
     else:
         colours = matplotlib.colormaps[cmap].with_extremes(bad='red')
-        drawn = ax.imshow(im, vmin=vmin, vmax=vmax, cmap=colours, interpolation='nearest')
+        drawn = ax.imshow(im, vmin=vmin, vmax=vmax, cmap=colours, extent=box,
+                          interpolation='nearest')
         if colorbar:
             bar = ax.figure.colorbar(drawn, ax=ax, shrink=.8, pad=.02)
             bar.ax.tick_params(labelsize=6)
-    ax.set(xticks=[], yticks=[])
+            if colorbar is not True: bar.set_label(colorbar, fontsize=7)
     for s in ax.spines.values(): s.set_visible(False)
+    if extent is None: ax.set(xticks=[], yticks=[])
+    else:
+        ax.locator_params(nbins=4)
+        ax.tick_params(labelsize=6, length=2)
+        ax.set_xlabel(unit, fontsize=7)
+    lim = dict(xlim=ax.get_xlim(), ylim=ax.get_ylim())
+    for curve in [] if curves is None else curves if isinstance(curves, list) else [curves]:
+        ax.plot(*to_numpy(curve).T, color='white', lw=2, alpha=.5)
+        ax.plot(*to_numpy(curve).T, color=other_colours[2], lw=1)
+    ax.set(**lim)
     return drawn
 
-# %% ../nbs/00_show.ipynb #c5d04d67
+# %% ../nbs/00_show.ipynb #f4b1b720
 def show_images(images, # (B, C, H, W), (B, H, W), or a list of (C, H, W) or (H, W)
     titles=None, ncol=None,
-    *, vmin=-1, vmax=1, # None: the image's own
-    cmap='gray', colorbar=False, # each of these four one value, or a list with one per image
-    size=1.2): # inches per panel
+    *, vmin=-1, vmax=1, # None: the image's own; about zero where `cmap` has a neutral middle
+    cmap='gray', colorbar=False, # a colour bar: True, or its label
+    extent=None, unit='arcsec', # half the image's side in `unit`: axes with ticks
+    curves=None, # points (m, 2) in `unit`, drawn over the image
+    size=1.2): # inches per panel; each of the above one value, or a list with one per image
     "A grid of images on one stated scale; returns the axes (rows, ncol)"
     ims = image_list(images)
     if not ims: raise ValueError('show_images got no images')
     n = len(ims)
-    columns = dict(titles=titles, vmin=vmin, vmax=vmax, cmap=cmap, colorbar=colorbar)
+    columns = dict(titles=titles, vmin=vmin, vmax=vmax, cmap=cmap, colorbar=colorbar,
+                   extent=extent, unit=unit, curves=curves)
     as_list = lambda v: list(v) if isinstance(v, (list, tuple)) else [v]*n
     columns = {k: as_list(v) for k, v in columns.items()}
     for k, v in columns.items():
@@ -244,12 +294,13 @@ def show_images(images, # (B, C, H, W), (B, H, W), or a list of (C, H, W) or (H,
                              'give one, or one per image')
     ncol = min(n, ncol or 8)
     nrow = -(-n//ncol)
+    ruled = .3*any(e is not None for e in columns['extent'])
     wide = 1.25 if any(columns['colorbar']) else 1.
-    height = (size + (.2 if titles else 0))*nrow
-    axes = new_axes(nrow, ncol, size*wide*ncol, height, squeeze=False)
+    height = (size + (.2 if titles else 0) + ruled)*nrow
+    axes = new_axes(nrow, ncol, (size*wide + ruled)*ncol, height, squeeze=False)
     for ax in axes.flat[n:]: ax.axis('off')
-    for ax, im, title, lo, hi, c, bar in zip(axes.flat, ims, *columns.values()):
-        draw_image(ax, im, lo, hi, c, bar)
+    for ax, im, title, *options in zip(axes.flat, ims, *columns.values()):
+        draw_image(ax, im, *options)
         if title: ax.set_title(title, fontsize=8)
     return axes
 
@@ -257,7 +308,8 @@ def show_images(images, # (B, C, H, W), (B, H, W), or a list of (C, H, W) or (H,
 def show_rows(rows, # label -> images, as for `show_images`
     titles=None, *, # one per column
     vmin=-1, vmax=1, cmap='gray', # each one value, or label -> value for the rows that differ
-    colorbar=False,
+    extent=None, curves=None, unit='arcsec', # the first two likewise, as for `show_images`
+    colorbar=False, # True or a label: for the last image of a row
     size=1.): # inches per panel
     "A grid with one labelled row of images each; returns the axes (rows, columns)"
     ims = {k: image_list(v) for k, v in rows.items()}
@@ -266,20 +318,23 @@ def show_rows(rows, # label -> images, as for `show_images`
     if titles and len(titles) > ncol:
         raise ValueError(f'titles has {len(titles)} entries for {ncol} columns: '
                          'give one per column')
-    defaults = dict(vmin=-1, vmax=1, cmap='gray')
-    wanted = dict(vmin=vmin, vmax=vmax, cmap=cmap)
+    defaults = dict(vmin=-1, vmax=1, cmap='gray', extent=None, curves=None)
+    wanted = dict(vmin=vmin, vmax=vmax, cmap=cmap, extent=extent, curves=curves)
     for k, v in wanted.items():
         if isinstance(v, dict) and v.keys() - ims.keys():
             raise ValueError(f'{k} names {sorted(v.keys()-ims.keys())}, '
                              f'which are not among the rows {list(ims)}')
-    width = size*ncol*(1.2 if colorbar else 1) + .07*max(map(len, ims))
-    axes = new_axes(len(ims), ncol, width, size*len(ims) + (.2 if titles else 0), squeeze=False)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.set_frame_on(False)
+    ruled = .3*(extent is not None)
+    width = (size + ruled)*ncol*(1.2 if colorbar else 1) + .07*max(map(len, ims))
+    height = (size + ruled)*len(ims) + (.2 if titles else 0)
+    axes = new_axes(len(ims), ncol, width, height, squeeze=False)
+    for ax in axes.flat: ax.set_frame_on(False)
     for row, (label, images) in zip(axes, ims.items()):
         options = {k: v.get(label, defaults[k]) if isinstance(v, dict) else v
                    for k, v in wanted.items()}
         for ax, im in zip(row, images):
-            draw_image(ax, im, **options, colorbar=colorbar and im is images[-1])
+            draw_image(ax, im, **options, unit=unit, colorbar=im is images[-1] and colorbar)
+        for ax in row[len(images):]: ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize=8)
     for ax, title in zip(axes[0], titles or []): ax.set_title(title, fontsize=8)
     return axes

@@ -1,10 +1,11 @@
 "The documentation builds: nbdev processes, smalldocs renders; README.md is current"
 import html, json, re, shutil
 from collections import Counter
+from pathlib import Path
 
-import pytest
+import pytest, yaml
 
-from project import NBS, ROOT, chapters, name, notebooks, python
+from project import NBS, ROOT, benchmarks, chapters, experiments, name, notebooks, python
 
 BUILD = '''
 import json
@@ -52,11 +53,40 @@ def test_chapter_pages_show_what_the_notebooks_stored(docs):
         found = page(docs, notebook).count('src="data:image/png')
         assert found == stored, f'{notebook.name} stores {stored} figures'
 
+def sidebar():
+    "What _quarto.yml lists: {section: {notebook: text}}, in its order"
+    bar = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']['contents']
+    return {part['section']: {e['href'].removesuffix('.ipynb'): str(e['text'])
+                              for e in part['contents']} for part in bar}
+
+def listed(*starts):
+    "The entries of the sections that begin so: {notebook: text}"
+    return {href: words for section, entries in sidebar().items()
+            if section.startswith(starts) for href, words in entries.items()}
+
 def test_sidebar_lists_every_notebook_once(docs):
-    first = page(docs, NBS/'index.ipynb')
-    bar = re.search(r'<nav id="quarto-sidebar".*?</nav>', first, re.S)[0]
-    links = re.findall(r'href="(?:\./)?([^"#]+)\.html"', bar)
+    links = [href for entries in sidebar().values() for href in entries]
     assert Counter(links) == Counter(name(p) for p in notebooks())
+    bar = re.search(r'<nav id="quarto-sidebar".*?</nav>', page(docs, NBS/'index.ipynb'), re.S)[0]
+    assert re.findall(r'href="(?:\./)?([^"#]+)\.html"', bar) == links
+
+def test_tutorials_come_first_and_chapters_in_their_order():
+    assert [s.partition(':')[0] for s in sidebar()][:3] == ['Start', 'Tutorials', 'Chapters']
+    assert list(listed('Chapters')) == [name(p) for p in chapters()]
+
+@pytest.mark.parametrize('section', ['Tutorials', 'Chapters', 'Experiments', 'Benchmarks'])
+def test_an_entry_is_the_number_and_the_title_of_its_page(section):
+    for href, words in listed(section).items():
+        number = re.match(r'\d+[a-z]?(?=_)', Path(href).name)
+        wanted = [number[0]] if number else []
+        assert words == ' '.join([*wanted, title(NBS/f'{href}.ipynb').replace('`', '')])
+
+def test_gallery_shows_every_experiment_and_bench_as_it_is_stored():
+    python(ROOT/'tools'/'gallery.py', '--check')
+    cells = json.loads((NBS/'gallery.ipynb').read_text())['cells']
+    shown = ''.join(''.join(c['source']) for c in cells)
+    for notebook in experiments() + benchmarks():
+        assert f'](images/gallery/{name(notebook)}-' in shown, f'no picture of {name(notebook)}'
 
 def test_site_renders_without_warnings(docs):
     "Quarto names a page after its module, smalldocs after its notebook: that alone may differ"
