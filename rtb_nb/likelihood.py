@@ -15,12 +15,12 @@ from torch import nn, Tensor
 from torch.distributions import (AffineTransform, Distribution, Independent, Poisson,
     TransformedDistribution)
 from .deepinv import as_operator, noise_of
-from .diffusion import Diffusion, Trajectories, gaussian
+from .diffusion import Described, Diffusion, Trajectories, gaussian, in_words
 from .posterior import Posterior
 from .schedule import check_number
 
 # %% ../nbs/09_likelihood.ipynb #0aae3bdf
-class Likelihood(nn.Module):
+class Likelihood(Described, nn.Module):
     "A noisy measurement: called on `x` (B, ...) it gives the distribution of y"
     def __init__(self, operator, # callable on images (B, ...), or a deepinv Physics
         noise_std:float=None, # of Gaussian noise, in y's units; a Physics knows its own
@@ -49,6 +49,12 @@ class Likelihood(nn.Module):
         if self.noise is None: return self.std
         raise ValueError('this needs Gaussian noise with one noise_std, and the noise here is '
             f'{getattr(self.noise, "__name__", self.noise)}')
+    def describe(self) -> dict:
+        op, shapes = self.operator, ('in_shape', 'out_shape')
+        known = [str(getattr(op, s)) for s in shapes if getattr(op, s, None)]
+        name = type(op).__name__ if known else in_words(op)
+        noise = in_words(self.noise) if self.noise else f'Gaussian, std {self.std:g}'
+        return {'operator': f'{name} {" to ".join(known)}'.strip(), 'noise': noise}
     def forward(self, x) -> Distribution:
         mean = self.operator(x)
         if self.noise is None: return gaussian(mean, self.std)
@@ -148,7 +154,7 @@ class PhotonNoise:
                 f'{self.unit:g} n')
 
 # %% ../nbs/09_likelihood.ipynb #013a3588
-class InverseProblem(nn.Module):
+class InverseProblem(Described, nn.Module):
     "A prior and a likelihood: what every sampler of this package takes"
     def __init__(self, prior:Diffusion, likelihood:Likelihood):
         super().__init__()
@@ -176,6 +182,8 @@ class InverseProblem(nn.Module):
     def log_likelihood(self, x0:Tensor, y) -> Tensor: # (B,)
         "log r(x0; y) in nats, with its constants"
         return self.likelihood.log_prob(x0, self.likelihood.take(y, x0.shape[1:], x0))
+    def describe(self) -> dict:
+        return {'prior': self.prior.brief} | self.likelihood.describe()
     def posterior(self, drifts:list) -> Posterior:
         "The prior bent by drifts, for measurements of this problem"
         return Posterior(self.prior, drifts, self.likelihood)
@@ -214,7 +222,7 @@ def under(self:Posterior, problem:InverseProblem) -> Posterior:
     return Posterior(problem.prior, list(self.drifts), problem.likelihood)
 
 # %% ../nbs/09_likelihood.ipynb #2b740f82
-class Tilt(nn.Module):
+class Tilt(Described, nn.Module):
     "A function of x0 in the place of a likelihood"
     def __init__(self, log_r # x0 (B, ...) -> (B,), in nats; a module moves with its problem
         ):
@@ -223,6 +231,7 @@ class Tilt(nn.Module):
     @property
     def noise_std(self):
         raise ValueError('a tilted prior has no noise: this needs a measurement')
+    def describe(self) -> dict: return {'tilt': in_words(self.log_r)}
     def y_shape(self, shape) -> tuple: return (0,)
     def log_prob(self, x0, y) -> Tensor:
         "log r(x0) in nats (B,), whatever the label"

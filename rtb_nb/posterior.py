@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .diffusion import Diffusion, Trajectories, gaussian, repeat_y
+from .diffusion import Diffusion, Trajectories, gaussian, in_words, repeat_y
 
 # %% ../nbs/03a_posterior.ipynb #aa55e6c6
 @dataclass
@@ -44,6 +44,7 @@ class Drift(nn.Module):
     "How far a posterior's step differs from the prior's, in standard deviations of the step"
     def forward(self, step:Step) -> Tensor:
         raise NotImplementedError(f'{type(self).__name__} must define forward(step) -> u')
+    def __repr__(self): return in_words(self)
 
 # %% ../nbs/03a_posterior.ipynb #fc10d547
 class Posterior(Diffusion):
@@ -64,6 +65,10 @@ class Posterior(Diffusion):
     def guesser(self) -> Diffusion:
         "Whose guess its steps start from: the prior's"
         return self.prior
+    def describe(self) -> dict:
+        measured = {} if self.likelihood is None else self.likelihood.describe()
+        drifts = ' + '.join(map(repr, self.drifts)) or 'none'
+        return {'prior': self.prior.brief} | measured | {'drifts': drifts}
     def measurement(self, y) -> Tensor: # (M, ...)
         "Measurements as its likelihood takes them in; as they are without a likelihood"
         return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
@@ -146,6 +151,9 @@ class Given(Diffusion):
         self.last_noise = posterior.last_noise
     @property
     def dtype(self) -> torch.dtype: return self.posterior.dtype
+    def describe(self) -> dict:
+        given = {} if self.y is None else {'given': f'a measurement {tuple(self.y.shape[1:])}'}
+        return self.posterior.describe() | given
     def guess(self, x, k) -> Tensor:
         x0_hat = self.posterior.prior.guess(x, k)
         u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)

@@ -15,19 +15,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .denoise import safe_alpha
-from .diffusion import Diffusion, repeat_y
+from .diffusion import Described, Diffusion, kind_of, repeat_y
 from .guidance import convolved_score, log_gradient, white_error
 from .likelihood import InverseProblem
 from .schedule import check_number, check_whole, time_of
 
 # %% ../nbs/11_samplers.ipynb #7ce470f9
-@dataclass
-class Samples:
+@dataclass(repr=False)
+class Samples(Described):
     "What a sampler found, and what it cost"
     x:Tensor # (n, ...)
     calls:int=0 # images that went through the network
     gradients:int=0 # how many of them were differentiated
     log_z:Tensor=None # estimates of log p(y), one per particle filter, where there are any
+    def describe(self) -> dict:
+        facts = {'samples': len(self.x), 'events': tuple(self.x.shape[1:])}
+        facts |= {'calls': f'{self.calls:,}', 'gradients': f'{self.gradients:,}'}
+        if self.log_z is not None: facts['mean log Z'] = f'{self.log_z.mean():.2f}'
+        return facts | {'tensors': kind_of(self.x)}
 
 # %% ../nbs/11_samplers.ipynb #4a82403c
 class CallCounter:

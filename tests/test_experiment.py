@@ -7,7 +7,9 @@ import numpy as np, pytest, torch
 
 from rtb_nb import experiment
 from rtb_nb.experiment import *
-from rtb_nb.experiment import _commit, _number
+from rtb_nb.experiment import _number
+from rtb_nb.records import *
+from rtb_nb.records import _commit
 
 # ---- parameters
 
@@ -96,7 +98,7 @@ def test_torn_last_line_is_healed(tmp_path, cut):
 
 def test_killed_writer_leaves_a_readable_file(tmp_path):
     path = tmp_path/'r.jsonl'
-    code = ("import sys, os; from rtb_nb.experiment import *\n"
+    code = ("import sys, os; from rtb_nb.records import *\n"
             "append_record(sys.argv[1], record(dict(i=0), {})); print('one', flush=True)\n"
             "while True: append_record(sys.argv[1], record(dict(i=1), dict(x='y'*100_000)))")
     command = [sys.executable, '-c', code, str(path)]
@@ -126,7 +128,7 @@ def test_json_is_strict_and_floats_come_back(tmp_path):
     assert read_records(path, lr=1e-4) == [] and read_records(path, nothing=None) == []
 
 def test_commit_without_git(tmp_path):
-    code = 'from rtb_nb.experiment import _commit; print(_commit())'
+    code = 'from rtb_nb.records import _commit; print(_commit())'
     env = {**os.environ, 'PATH': str(tmp_path)}
     run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert run.stdout == 'None\n', run.stderr
@@ -236,7 +238,8 @@ def test_a_table_says_where_its_records_come_from(monkeypatch):
     commits = ['aaaaaaa', 'aaaaaaa+', 'bbbbbbb', 'bbbbbbb+', 'ccccccc', None, 'no commit']
     records = [make('a', i, x=1.) | dict(commit=c) for i, c in enumerate(commits)]
     later = {'aaaaaaa': '3', 'bbbbbbb': '0'} # commits since then that touched the package
-    monkeypatch.setattr(experiment, '_git', lambda *args: later.get(args[2].partition('.')[0]))
+    said = lambda *args: later.get(args[2].partition('.')[0])
+    monkeypatch.setattr(experiment, 'ask_git', said)
     t = table(records)
     assert t.notes == ['2 of 7 records come from a modified checkout (a commit with +)',
                        '2 of 7 records are older than the code']
@@ -246,8 +249,8 @@ def test_a_table_says_where_its_records_come_from(monkeypatch):
 
 def test_a_commit_of_this_checkout():
     if _commit() is None: pytest.skip('no git checkout')
-    head = experiment._git('rev-parse', 'HEAD')
-    first = experiment._git('rev-list', '--max-parents=0', 'HEAD').split()[-1]
+    head = experiment.ask_git('rev-parse', 'HEAD')
+    first = experiment.ask_git('rev-list', '--max-parents=0', 'HEAD').split()[-1]
     assert not experiment._outdated(head) and not experiment._outdated(head[:7] + '+')
     assert experiment._outdated(first) or first == head
 
