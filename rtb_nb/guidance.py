@@ -179,11 +179,6 @@ def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph i
     inner = x.requires_grad and torch.is_grad_enabled()
     return (x, True) if inner else (x.detach().requires_grad_(), False)
 
-def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph is being kept
-    "The tensor itself where a graph of it is being kept, as the path form does; else a new leaf"
-    inner = x.requires_grad and torch.is_grad_enabled()
-    return (x, True) if inner else (x.detach().requires_grad_(), False)
-
 def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
     value, # x0_hat (B, ...) -> a scalar, summed over the batch
     what:str) -> Tensor: # (B, ...); `what` needs it, for the message
@@ -263,10 +258,6 @@ class ProximalMatching(MomentMatching):
         return x - guess
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
-def _constant(step:Step, v:Tensor) -> Tensor:
-    "What a drift is given, without its graph unless the paths themselves are differentiated"
-    return v if step.x.requires_grad else v.detach()
-
 def _constant(step:Step, v:Tensor) -> Tensor:
     "What a drift is given, without its graph unless the paths themselves are differentiated"
     return v if step.x.requires_grad else v.detach()
