@@ -166,6 +166,7 @@ class Joint(Behaviour):
         self.measurements = check_whole('measurements', measurements)
         self.__dict__['bank'] = bank
     def forward(self, y=None) -> Trajectories: # measurements come from the bank: y is not read
-        joint = self.bank.measured_paths(self.posterior.likelihood, self.measurements)
+        likelihood = another(self.posterior.likelihood)
+        joint = self.bank.measured_paths(likelihood, self.measurements)
         y = joint.y.repeat_interleave(self.n, 0)
         return Trajectories.cat([self.posterior.simulate(y, len(y)), joint])
