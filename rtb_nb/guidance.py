@@ -39,9 +39,11 @@ class Guidance(Drift):
 
 # %% ../nbs/10_guidance.ipynb #29123aea
 def weighed_residual(op, residual, # y less what the operator makes of the guess (B, ...)
-    r2:Tensor, noise_std) -> Tensor: # (B, ...) with the image's shape
+    r2, # a number, or one per sample
+    noise_std) -> Tensor: # (B, ...) with the image's shape
     "A^T (r^2 A A^T + sigma^2)^-1 times a residual"
-    return op.adjoint(op.gram_solve(residual, r2.flatten(), noise_std**2))
+    r2 = r2.flatten() if isinstance(r2, Tensor) else r2
+    return op.adjoint(op.gram_solve(residual, r2, noise_std**2))
 
 # %% ../nbs/10_guidance.ipynb #fb294502
 class MomentMatching(Guidance):

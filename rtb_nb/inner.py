@@ -18,7 +18,7 @@ from .schedule import check_number, check_whole
 
 # %% ../nbs/11b_inner.ipynb #63ebc2c2
 def langevin(steps=100, lr=1e-4 # of the first level; falls to a hundredth
-    ) -> Callable: # an inner draw for `daps`
+    ) -> Callable: # an inner draw for daps
     "Langevin steps on x0, the step size falling along the anneal"
     steps, lr = check_whole('steps', steps), check_number('lr', lr)
     def draw(problem, y, x0_hat, std, done, noise):
@@ -29,15 +29,17 @@ def langevin(steps=100, lr=1e-4 # of the first level; falls to a hundredth
         return x
     return draw
 
+# %% ../nbs/11b_inner.ipynb #aa40d7ce
 def exact_draw(problem, y, x0_hat, std, done, noise) -> Tensor: # (B, ...)
     "The inner draw of `daps` for a linear operator, in one solve"
     op = problem.operator
     return observe(op, y - offset_of(op, y), x0_hat, std**2, problem.noise_std**2, noise)
 
+# %% ../nbs/11b_inner.ipynb #d836bee3
 @sampler
 def daps(problem, y, n, *,
-    inner=None, # `langevin(...)`, the default, or `exact_draw` where the operator is linear
-    steps=200, ode=5, # anneal levels, and Euler steps from each of them to the guess
+    inner=None, # langevin(), the default; exact_draw for linear operators
+    steps=200, ode=5, # anneal levels, and Euler steps from each to the guess
     low=.1, high=100., # the anneal's range of sigma
     end=.01, # where the ODE stops
     rho=7, noise=torch.randn_like, progress=False) -> Samples:
@@ -87,24 +89,28 @@ def early_random(low:float, t:float, done:float, noise) -> float:
     return low + (t-low)*torch.special.ndtr(noise(torch.zeros((), dtype=torch.float64))).item()
 
 # %% ../nbs/11b_inner.ipynb #6daa990c
+def path_below(prior, tau, down:int) -> list: # of levels, the clean one last
+    "The levels of `down` steps of the prior from the level tau"
+    end = prior.chain.t[-1].item()
+    if tau.t <= end: return [tau, CLEAN]
+    share = torch.arange(down, dtype=torch.float64)/down
+    return levels_at(prior, tau.t - (tau.t - end)*share) + [CLEAN]
+
+# %% ../nbs/11b_inner.ipynb #5bf1ac8d
 @sampler
 def mgdm(problem, y, n, *,
-    fit=adam_fit(), # (loss, mean, std, level, done) -> mean and std of the Gaussian at tau
-    middle=early_random, # (lowest time, next time, share walked, noise) -> the time tau
+    fit=adam_fit(), # (loss, mean, std, level, done) -> mean and std at tau
+    middle=early_random, # (lowest t, next t, share walked, noise) -> tau
     gibbs=1, # sweeps per level
     down=19, # steps of the prior from tau to the clean image; 1 takes its guess
-    steps=99, times=None, # of `ladder`
+    steps=99, times=None, # of the ladder
     noise=torch.randn_like, progress=False) -> Samples:
     "Mixture-guided diffusion (Janati et al. 2025, Algorithm 1); any differentiable operator"
     gibbs, down = check_whole('gibbs', gibbs), check_whole('down', down)
     prior, levels = problem.prior, ladder(problem.prior, steps, times)[:-1]
-    low, total, end = levels[-1].t, len(levels)-2, prior.chain.t[-1].item()
+    low, total = levels[-1].t, len(levels)-2
     y, D, x = prepare(problem, y, n)
     def draw(weights, up, clean): return weights[0]*up + weights[1]*clean + weights[2]*noise(up)
-    def prior_path(tau): # the levels of the prior's steps from tau
-        if tau.t <= end: return [tau, CLEAN]
-        share = torch.arange(down, dtype=torch.float64)/down
-        return levels_at(prior, tau.t - (tau.t - end)*share) + [CLEAN]
     x = levels[0].sigma*noise(x)
     x0 = D(x, levels[0])
     walk = list(zip(levels, levels[1:], levels[2:]))
@@ -120,7 +126,7 @@ def mgdm(problem, y, n, *,
                 return kept - log_r.sum() - log_s.sum()
             with torch.enable_grad(): m, s = fit(loss, mean, std, tau, i/total)
             x0 = x_tau = m + s*noise(m)
-            path = prior_path(tau)
+            path = path_below(prior, tau, down)
             for p, q in zip(path, path[1:]):
                 x0 = D(x0, p) if q is CLEAN else draw(bridge(p, q, CLEAN), x0, D(x0, p))
             x_b = draw(bridge(a, b, tau), x, x_tau)

@@ -11,8 +11,8 @@ from .show import show_images, to_numpy
 
 # %% ../nbs/00a_maps.ipynb #c6d2c3f2
 def show_maps(samples, # (n, 1, H, W), or label -> samples, one row each
-    truth=None, # (1, H, W): shown first, and the mean's distance from it last
-    *, extent=None, unit='arcsec', curves=None, # as for `show_images`
+    truth=None, # (1, H, W): shown first, and the mean's error last
+    *, extent=None, unit='arcsec', curves=None, # as for show_images
     size=1.5): # inches per panel
     "Mean, standard deviation and (mean - truth)/std of samples, as maps; returns the axes"
     samples = samples if isinstance(samples, dict) else {'': samples}

@@ -90,7 +90,7 @@ class Tangent:
 def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FPS-SMC
     keep=1, # samples handed out by each filter: more are cheaper, and correlated
     c=.95, # share of fresh noise in a step, in (0, 1]
-    steps=100, times=None, # of `ladder`
+    steps=100, times=None, # of the ladder
     noise=torch.randn_like, progress=False) -> Samples:
     "Filtering posterior sampling (Dou & Song 2024, FPS and FPS-SMC); nonlinear: our extension"
     c = check_number('c', c, '(0, 1]', hint='it is the share of fresh noise')
@@ -121,7 +121,7 @@ def fps(problem, y, n, *, particles=1, # M of each filter; 1 is FPS, more are FP
     x = D(x, levels[-2])
     return Samples(x[rows_of(chosen(F, M, keep, noise, x), M)][:n])
 
-# %% ../nbs/11a_particles.ipynb #b3896a32
+# %% ../nbs/11a_particles.ipynb #6302ed9f
 def look_ahead(problem, plain:Posterior, D, x, k:int, y
     ) -> tuple: # x0_hat (B, ...), log psi (B,)
     "The prior's guess, and log p(y) if the chain's end is as far from it as on average"
@@ -136,32 +136,44 @@ def look_ahead(problem, plain:Posterior, D, x, k:int, y
     var = torch.as_tensor(problem.noise_std**2 + r2*spread).to(miss)
     return x0, -(miss**2/var + torch.log(2*math.pi*var)).sum(1)/2
 
-# %% ../nbs/11a_particles.ipynb #1f772697
+def look_ahead_slope(problem, plain, D, x, k, y) -> tuple: # as `look_ahead`, and its slope
+    "The look-ahead and its gradient in x, through the network"
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x0, psi = look_ahead(problem, plain, D, x, k, y)
+        g = torch.autograd.grad(psi.sum(), x)[0]
+    return x0.detach(), psi.detach(), g
+
+# %% ../nbs/11a_particles.ipynb #b3896a32
+def renew(log_w:Tensor, # (F, M)
+    noise) -> tuple: # rows to keep (F M,), their weights (F, M), the logs of the means (F,)
+    "Resample the filters whose effective sample size is below half of their particles"
+    M = log_w.shape[1]
+    ess = (2*log_w.logsumexp(1) - (2*log_w).logsumexp(1)).exp()
+    tired = (ess < M/2)[:, None]
+    stay = torch.arange(M, device=log_w.device)
+    rows = rows_of(torch.where(tired, resampled(log_w, noise), stay), M)
+    mean = torch.where(tired[:, 0], log_w.logsumexp(1) - math.log(M), 0.)
+    return rows, torch.where(tired, 0., log_w), mean
+
+# %% ../nbs/11a_particles.ipynb #50aeca57
 @sampler
 def twisted(problem, y, n, *, particles=16, # M of each filter
     keep=1, # samples handed out by each filter: more are cheaper, and correlated
     noise=torch.randn_like, progress=False) -> Samples: # log_z: one per filter
     "Twisted SMC on the prior's chain, exact as particles grow (Wu et al. 2023, Algorithm 1)"
-    prior, c, (F, M) = problem.prior, problem.prior.chain, filters(n, particles, keep)
+    prior, (F, M) = problem.prior, filters(n, particles, keep)
     plain, (y, D, x) = Posterior(prior, []), prepare(problem, y, F)
     if problem.operator is None: raise ValueError('twisted looks ahead through an operator, '
         'and a tilted prior has none: use daps, mgdm or dps with scale=None')
     y, x = (v.repeat_interleave(M, 0) for v in (y, x))
-    x, log_w, log_z = c.sigma[0].item()*noise(x), x.new_zeros(F, M), x.new_zeros(F)
-    before, stay = log_w.flatten(), torch.arange(M, device=x.device)
+    x, log_w, log_z = prior.chain.sigma[0].item()*noise(x), x.new_zeros(F, M), x.new_zeros(F)
+    before = log_w.flatten()
     for k in ticks(range(prior.steps), progress):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            x0, psi = look_ahead(problem, plain, D, x, k, y)
-            g = torch.autograd.grad(psi.sum(), x)[0]
-        log_w = log_w + (psi.detach() - before).reshape(F, M)
-        ess = (2*log_w.logsumexp(1) - (2*log_w).logsumexp(1)).exp()
-        tired = (ess < M/2)[:, None]
-        i = rows_of(torch.where(tired, resampled(log_w, noise), stay), M)
-        log_z = log_z + torch.where(tired[:, 0], log_w.logsumexp(1) - math.log(M), 0.)
-        log_w = torch.where(tired, 0., log_w)
-        x, x0, before, g = x.detach()[i], x0.detach()[i], psi.detach()[i], g[i]
-        std, z = c.std[k].item(), noise(x)
+        x0, psi, g = look_ahead_slope(problem, plain, D, x, k, y)
+        i, log_w, mean = renew(log_w + (psi - before).reshape(F, M), noise)
+        x, x0, before, g, log_z = x[i], x0[i], psi[i], g[i], log_z + mean
+        std, z = prior.chain.std[k].item(), noise(x)
         u = std*g
         x = prior.mean(x, k, x0) + std*(u + z)
         log_w = log_w - (u*(z + u/2)).flatten(1).sum(1).reshape(F, M)

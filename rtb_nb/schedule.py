@@ -60,7 +60,7 @@ def _at_least_single(t:Tensor) -> Tensor:
 class Cosine:
     "Variance preserving, with noise-to-signal ratio scale*tan(pi t/2) (Nichol & Dhariwal 2021)"
     def __init__(self,
-        scale=1. # the ratio at t = 1/2; the data's pixel standard deviation, or twice that
+        scale=1. # the ratio at t = 1/2; one or two of the pixels' std
         ):
         self.scale = check_number('scale', scale)
     def __call__(self,
@@ -156,7 +156,7 @@ def _ratio_at(schedule, t:Tensor) -> Tensor:
 def levels(schedule, steps:int, # K, the number of steps
     last_noise=.02, # noise of the last level, in the data's units
     start=1., # time of the first level
-    spacing=None # the schedule in whose time the levels are evenly spaced, if another one
+    spacing=None # another schedule, in whose time the levels are even
     ) -> tuple: # t, alpha, sigma: each (K+1,), noise first, float64
     "The K+1 noise levels that a chain of `steps` steps visits, evenly spaced in time"
     steps = check_whole('steps', steps)

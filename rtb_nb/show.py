@@ -61,10 +61,10 @@ def new_axes(rows=1, cols=1, width=4., height=3., **kw):
     return axes
 
 # %% ../nbs/00_show.ipynb #d24e6f92
-def show_hist(values=None, # label -> samples, or a function x (n,) -> log-density (n,)
-    *, bins=50, xlim=None, xlabel='',
+def show_hist(values=None, # label -> samples, or x (n,) -> log-density (n,)
+    *, bins=50, xlim=None, xlabel='', # of the x axis
     roles=None, # label -> role, for labels that are none
-    ax=None, **by_role): # exact=, learned=, ...: as `values`, named by their role
+    ax=None, **by_role): # exact=, learned=, ...: as values, named by their role
     "Histograms of one-dimensional samples, and log-densities as lines; returns the axes"
     values = {**(values or {}), **by_role}
     data = {k: to_numpy(v).ravel() for k, v in values.items() if not callable(v)}
@@ -105,7 +105,7 @@ def mass_levels(p, # densities of equal cells, any shape
 def show_density(log_prob, # points (n, 2) -> log-densities (n,)
     xlim, ylim, *,
     role='exact', # a role, or a colour for what plays none
-    label=None, masses=(.9, .5, .1),
+    label=None, masses=(.9, .5, .1), # shares that the contours enclose
     n=120, # grid points per side
     ax=None):
     "Contours that enclose given shares of the mass within the limits; returns the axes"
@@ -131,25 +131,27 @@ def show_density(log_prob, # points (n, 2) -> log-densities (n,)
 def smoothed(x, # samples (n, 2), finite
     most=1000): # thinned to this many
     "The log-density of samples as a function of points (m, 2)"
-    x = torch.as_tensor(x, dtype=torch.float32)
+    x = torch.as_tensor(x, dtype=torch.float64)
     x = x[::-(-len(x)//most)]
-    white = torch.linalg.cholesky((x.T.cov() + 1e-9*torch.eye(2)).inverse())
+    cov, I = x.T.cov(), torch.eye(2, dtype=torch.float64)
+    white = torch.linalg.cholesky((cov + (1e-6*cov.trace() + 1e-12)*I).inverse())
     x, n = x@white, len(x)
-    width = torch.cdist(x, x).kthvalue(min(n, 1+int(n**.5)), 1).values.clamp(min=1e-6)
+    width = torch.cdist(x, x).kthvalue(min(n, 1+int(1.5*n**.5)), 1).values.clamp(min=1e-6)
     def log_prob(points):
-        r = torch.cdist(points.float()@white, x)/width
+        r = torch.cdist(points.double()@white, x)/width
         log_p = (-r.square()/2 - 2*width.log()).logsumexp(1)
         return log_p - math.log(2*math.pi*n) + white.logdet()
     return log_prob
 
 # %% ../nbs/00_show.ipynb #c7c259a0
 def show_samples(
-    samples=None, # label -> samples (n, 2), or a function (m, 2) -> log-density (m,)
-    *, xlim=None, ylim=None, xlabel='first coordinate', ylabel='second coordinate',
-    contours=(), # labels whose samples are drawn as contours, so that no dots hide others
+    samples=None, # label -> samples (n, 2), or (m, 2) -> log-density (m,)
+    *, xlim=None, ylim=None, # taken from the samples if None
+    xlabel='first coordinate', ylabel='second coordinate', # of the axes
+    contours=(), # labels whose samples become contours, so that no dots hide others
     roles=None, # label -> role, for labels that are none
     size=5, alpha=.5, # of a dot
-    ax=None, **by_role): # exact=, learned=, prior=, ...: as `samples`, named by their role
+    ax=None, **by_role): # exact=, learned=, ...: as samples, named by their role
     "Samples in the plane as dots, log-densities as contours; returns the axes"
     samples = {**(samples or {}), **by_role}
     contours = [contours] if isinstance(contours, str) else contours
@@ -185,7 +187,8 @@ def show_samples(
 
 # %% ../nbs/00_show.ipynb #015ef3cc
 def show_curves(curves, # label -> (xs, ys) or (xs, ys, standard errors)
-    xlabel='', ylabel='', roles=None, # label -> role, for labels that are none
+    xlabel='', ylabel='', # of the axes
+    roles=None, # label -> role, for labels that are none
     *, xscale='linear', yscale='linear', marker=None, ax=None):
     "Lines with one colour per role, and bands of one standard error; returns the axes"
     styles = curve_styles(curves, roles)
@@ -277,9 +280,10 @@ def show_images(images, # (B, C, H, W), (B, H, W), or a list of (C, H, W) or (H,
     titles=None, ncol=None,
     *, vmin=-1, vmax=1, # None: the image's own; about zero where `cmap` has a neutral middle
     cmap='gray', colorbar=False, # a colour bar: True, or its label
-    extent=None, unit='arcsec', # half the image's side in `unit`: axes with ticks
-    curves=None, # points (m, 2) in `unit`, drawn over the image
-    size=1.2): # inches per panel; each of the above one value, or a list with one per image
+    extent=None, unit='arcsec', # half the image's side: axes with ticks
+    curves=None, # points (m, 2) in that unit, drawn over the image
+    # each of the above is one value, or a list with one per image
+    size=1.2): # inches per panel
     "A grid of images on one stated scale; returns the axes (rows, ncol)"
     ims = image_list(images)
     if not ims: raise ValueError('show_images got no images')
@@ -305,10 +309,11 @@ def show_images(images, # (B, C, H, W), (B, H, W), or a list of (C, H, W) or (H,
     return axes
 
 # %% ../nbs/00_show.ipynb #6c6f11b3
-def show_rows(rows, # label -> images, as for `show_images`
+def show_rows(rows, # label -> images, as for show_images
     titles=None, *, # one per column
-    vmin=-1, vmax=1, cmap='gray', # each one value, or label -> value for the rows that differ
-    extent=None, curves=None, unit='arcsec', # the first two likewise, as for `show_images`
+    vmin=-1, vmax=1, cmap='gray', # one value, or label -> value
+    extent=None, curves=None, # likewise
+    unit='arcsec', # of extent and curves
     colorbar=False, # True or a label: for the last image of a row
     size=1.): # inches per panel
     "A grid with one labelled row of images each; returns the axes (rows, columns)"
