@@ -49,7 +49,7 @@ def sixteen(steps=20, # K
 
 # %% ../nbs/09b_beds.ipynb #8bd36bb3
 def hole(steps=20, # K
-    size=32, # pixels a side; the hole has half as many
+    size=32, # pixels per side; the hole has half as many
     noise_std=.05, last_noise=.02, schedule=Cosine(.1)
     ) -> InverseProblem: # events (1, size, size), measurements of all pixels but the hole's
     "A Gaussian field of which all but the middle is measured"
@@ -67,7 +67,7 @@ def observed(problem:InverseProblem) -> Tensor: # bool, of the event's shape
 
 # %% ../nbs/09b_beds.ipynb #b3db549b
 def small_lens(steps=10, # K
-    size=16, # pixels a side
+    size=16, # pixels per side
     noise_std=.01 # in counts
     ) -> InverseProblem: # events and measurements (1, size, size)
     "A Gaussian blob, give or take a fading field, behind a lens"

@@ -331,6 +331,24 @@ def _brightest(light:Tensor, # (H, H) above the sky
     return x[F.interpolate(seen[None, None].double(), x.shape[-2:]) > 0].max()
 
 # %% ../nbs/05_data.ipynb #9b1b1b71
+def _square(source, hdu=None) -> tuple: # (H, H), and its name for messages
+    "The central square of a file or of a Hubble source"
+    if isinstance(source, (str, os.PathLike)):
+        im, name = read_image(source, hdu), repr(Path(source).name)
+    else:
+        source = check_whole('source', source, 0, len(hubble_sources())-1,
+                             'give an index into the deep field, or the path of a file')
+        if hdu is not None: raise ValueError(f'hdu {hdu!r} is of a FITS file: leave it out')
+        im, name = _hubble_stamp(source), f'source {source}'
+    bad = (~np.isfinite(im)).sum()
+    if bad: raise ValueError(f'{name} has {bad} pixels that are not finite: repair them first')
+    if im.max() == im.min():
+        raise ValueError(f'{name} is constant at {im.max():g}: there is nothing to infer')
+    side = min(im.shape)
+    top, left = (im.shape[0]-side)//2, (im.shape[1]-side)//2
+    return im[top:top+side, left:left+side], name
+
+# %% ../nbs/05_data.ipynb #0dfcd3b2
 def load_source(
     source, # index into `hubble_sources()`, or path of a .npy, .png or .fits image
     size:int=32, # pixels per side
@@ -343,19 +361,7 @@ def load_source(
     from_hubble = not isinstance(source, (str, os.PathLike))
     size = check_whole('size', size, 8, hint='pixels per side')
     gamma, peak = check_number('gamma', gamma), check_number('peak', peak, '(0, 1]')
-    if from_hubble:
-        source = check_whole('source', source, 0, len(hubble_sources())-1,
-                             'give an index into the deep field, or the path of a file')
-        if hdu is not None: raise ValueError(f'hdu {hdu!r} is of a FITS file: leave it out')
-        im, name = _hubble_stamp(source), f'source {source}'
-    else: im, name = read_image(source, hdu), repr(Path(source).name)
-    bad = (~np.isfinite(im)).sum()
-    if bad: raise ValueError(f'{name} has {bad} pixels that are not finite: repair them first')
-    if im.max() == im.min():
-        raise ValueError(f'{name} is constant at {im.max():g}: there is nothing to infer')
-    side = min(im.shape)
-    top, left = (im.shape[0]-side)//2, (im.shape[1]-side)//2
-    im = im[top:top+side, left:left+side]
+    im, name = _square(source, hdu)
     border = np.concatenate([im[0], im[-1], im[:, 0], im[:, -1]])
     sky = _hubble_field()[1] if from_hubble else np.median(border)
     light = torch.from_numpy(im - sky)

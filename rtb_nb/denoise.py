@@ -118,6 +118,23 @@ def _no_autocast(x:Tensor):
     return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 # %% ../nbs/02_denoise.ipynb #a0529ea8
+def _eigen(cov:Tensor, d:int # entries of the mean
+    ) -> tuple: # eigenvalues (d,), none below zero, and eigenvectors (d, d)
+    "The eigenvectors of a covariance, which is refused where it is none"
+    if cov.shape != (d, d):
+        raise ValueError(f'cov must be ({d}, {d}) for a mean of {d} entries, '
+                         f'got {tuple(cov.shape)}')
+    skew, size = (cov - cov.T).abs().max(), cov.abs().max()
+    if skew > 1e-5*size:
+        raise ValueError('cov must be symmetric, and differs from its transpose by up to '
+                         f'{skew:.3g}: give a covariance, such as (cov + cov.T)/2')
+    values, vectors = torch.linalg.eigh(cov)
+    if values.min() < -1e-9*values.max():
+        raise ValueError('cov must be positive semi-definite, its smallest eigenvalue is '
+                         f'{values.min():.3g}: add at least that to its diagonal')
+    return values.clamp(min=0), vectors
+
+# %% ../nbs/02_denoise.ipynb #faf86f10
 class GaussianDenoiser(Denoiser):
     "Exact denoiser of N(mean, cov); events of any shape, `cov` over the flattened event"
     def __init__(self, mean:Tensor, # (...), the event's shape
@@ -125,40 +142,34 @@ class GaussianDenoiser(Denoiser):
         schedule):
         super().__init__(schedule)
         mean, cov = _finite('mean', mean, 'numbers'), _finite('cov', cov, 'numbers')
-        d = mean.numel()
-        if cov.shape != (d, d):
-            raise ValueError(f'cov must be ({d}, {d}) for a mean of {d} entries, '
-                             f'got {tuple(cov.shape)}')
-        skew, size = (cov - cov.T).abs().max(), cov.abs().max()
-        if skew > 1e-5*size:
-            raise ValueError('cov must be symmetric, and differs from its transpose by up to '
-                             f'{skew:.3g}: give a covariance, such as (cov + cov.T)/2')
-        values, vectors = torch.linalg.eigh(cov)
-        if values.min() < -1e-9*values.max():
-            raise ValueError('cov must be positive semi-definite, its smallest eigenvalue is '
-                             f'{values.min():.3g}: add at least that to its diagonal')
-        buffers = dict(mean=mean, cov=cov, values=values.clamp(min=0), vectors=vectors)
+        values, vectors = _eigen(cov, mean.numel())
+        buffers = dict(mean=mean, cov=cov, values=values, vectors=vectors)
         for n, v in buffers.items(): self.register_buffer(n, v)
         self.data_variance = self.values.mean()
-
     def gain(self, t) -> Tensor: # (..., D) for times (...)
         "Eigenvalues of the guess's slope in x"
         a, s = (c[..., None] for c in self.schedule(widest(t)))
         return a*self.values/(a**2*self.values + s**2)
 
-    def forward(self, x, t):
-        u = _at_least_single(x)
-        a, _ = self.schedule(widest(t))
-        m, V = self.mean.flatten().to(u), self.vectors.to(u)
-        with _no_autocast(u):
-            z = (u.flatten(1) - a.to(u).reshape(-1, 1)*m) @ V
-            guess = m + (z*self.gain(t).to(u)) @ V.T
-        return guess.reshape(x.shape).to(x.dtype)
+# %% ../nbs/02_denoise.ipynb #30167990
+@patch
+def forward(self:GaussianDenoiser, x, t):
+    u = _at_least_single(x)
+    a, _ = self.schedule(widest(t))
+    m, V = self.mean.flatten().to(u), self.vectors.to(u)
+    with _no_autocast(u):
+        z = (u.flatten(1) - a.to(u).reshape(-1, 1)*m) @ V
+        guess = m + (z*self.gain(t).to(u)) @ V.T
+    return guess.reshape(x.shape).to(x.dtype)
 
-    def error(self, t):
-        a, s = (c[..., None] for c in self.schedule(widest(t)))
-        mean = (s**2*self.values/(a**2*self.values + s**2)).mean(-1)
-        return mean.to(_at_least_single(t).dtype)
+# %% ../nbs/02_denoise.ipynb #f6b19a13
+@patch
+def error(self:GaussianDenoiser, t # any shape
+    ) -> Tensor: # shaped like `t`
+    "Mean squared error of the guess per pixel, exact"
+    a, s = (c[..., None] for c in self.schedule(widest(t)))
+    mean = (s**2*self.values/(a**2*self.values + s**2)).mean(-1)
+    return mean.to(_at_least_single(t).dtype)
 
 # %% ../nbs/02_denoise.ipynb #1292c438
 def gaussian_field(size:int, # pixels per side
@@ -177,7 +188,7 @@ def gaussian_field(size:int, # pixels per side
 
 # %% ../nbs/02_denoise.ipynb #9a5ab8e8
 class MixtureDenoiser(Denoiser):
-    "Exact denoiser of a mixture of isotropic Gaussians"
+    "Exact denoiser of a mixture of round Gaussians"
     def __init__(self, means:Tensor, # (M, D)
         std, # a number, or one per component (M,)
         weights:Tensor=None, # (M,), equal if None
@@ -201,22 +212,25 @@ class MixtureDenoiser(Denoiser):
         buffers = dict(means=means, stds=std.expand(M), log_weights=log_weights)
         for n, v in buffers.items(): self.register_buffer(n, v)
 
-    def forward(self, x, t):
-        u = _at_least_single(x)
-        a, s = (bcast(c, u[:, None]) for c in self.schedule(widest(t)))
-        m, v, lw = self.means.to(u), self.stds.to(u)[:, None]**2, self.log_weights.to(u)
-        total = a**2*v + s**2
-        r = u[:, None] - a*m
-        logits = lw - (r**2/total + total.log()).sum(-1)/2
-        guess = (logits.softmax(-1)[..., None]*(m + a*v/total*r)).sum(1)
-        return guess.to(x.dtype)
+# %% ../nbs/02_denoise.ipynb #5879ce46
+@patch
+def forward(self:MixtureDenoiser, x, t):
+    u = _at_least_single(x)
+    a, s = (bcast(c, u[:, None]) for c in self.schedule(widest(t)))
+    m, v, lw = self.means.to(u), self.stds.to(u)[:, None]**2, self.log_weights.to(u)
+    total = a**2*v + s**2
+    r = u[:, None] - a*m
+    logits = lw - (r**2/total + total.log()).sum(-1)/2
+    guess = (logits.softmax(-1)[..., None]*(m + a*v/total*r)).sum(1)
+    return guess.to(x.dtype)
 
-    def distribution(self):
-        "The mixture itself, as a torch distribution"
-        D = torch.distributions
-        stds = self.stds[:, None].expand_as(self.means)
-        parts = D.Independent(D.Normal(self.means, stds), 1)
-        return D.MixtureSameFamily(D.Categorical(logits=self.log_weights), parts)
+@patch
+def distribution(self:MixtureDenoiser):
+    "The mixture itself, as a torch distribution"
+    D = torch.distributions
+    stds = self.stds[:, None].expand_as(self.means)
+    parts = D.Independent(D.Normal(self.means, stds), 1)
+    return D.MixtureSameFamily(D.Categorical(logits=self.log_weights), parts)
 
 # %% ../nbs/02_denoise.ipynb #8e60d001
 class X0Denoiser(Denoiser):

@@ -39,10 +39,12 @@ def in_words(thing) -> str:
     if size(thing): said.append(f'{size(thing):,} parameters')
     return f'{type(thing).__name__}({", ".join(said)})'
 
+# %% ../nbs/03_diffusion.ipynb #8af57297
 def kind_of(x:Tensor) -> str:
     "Precision and place"
     return f'{x.dtype} on {x.device}'.removeprefix('torch.')
 
+# %% ../nbs/03_diffusion.ipynb #ac76cad1
 class Described:
     "What shows as a line in a terminal and as a small table in a notebook"
     def describe(self) -> dict:
@@ -69,9 +71,9 @@ class Trajectories(Described):
     branch:Tensor=None # (B,) whole numbers: paths of one branch share first steps; -1: none
     guessed_by:nn.Module=field(default=None, repr=False) # the `Diffusion` that guessed
     @property
-    def x0(self) -> Tensor: "The data end, (B, ...)"; return self.x[-1]
+    def x0(self) -> Tensor: "The data end x[K], (B, ...)"; return self.x[-1]
     @property
-    def xT(self) -> Tensor: "The noise end, (B, ...)"; return self.x[0]
+    def xT(self) -> Tensor: "The noise end x[0], (B, ...)"; return self.x[0]
     @property
     def steps(self) -> int: "How many steps the paths have, K"; return len(self.x)-1
     def __len__(self): return self.x.shape[1]
@@ -82,30 +84,37 @@ class Trajectories(Described):
         if self.branch is not None:
             facts['branches'] = len(self.branch[self.branch >= 0].unique())
         return facts | {'tensors': kind_of(self.x)}
-    def __getitem__(self, i) -> 'Trajectories': # `i` indexes the batch with a slice or tensor
-        pick = lambda v: None if v is None else v[i]
-        x0_hat = None if self.x0_hat is None else self.x0_hat[:, i]
-        y, branch = pick(self.y), pick(self.branch)
-        return Trajectories(self.x[:, i], y, x0_hat, branch, self.guessed_by)
-    def to(self, device) -> 'Trajectories':
-        "The same paths on another device"
-        move = lambda v: None if v is None else v.to(device)
-        parts = (self.x, self.y, self.x0_hat, self.branch)
-        return Trajectories(*map(move, parts), self.guessed_by)
-    @staticmethod
-    def cat(parts:list) -> 'Trajectories':
-        "One batch of several; guesses survive where all have one's, and branches stay apart"
-        both = lambda ts, dim: None if any(t is None for t in ts) else torch.cat(ts, dim)
-        none = lambda p: p.x.new_full((len(p),), -1, dtype=torch.long)
-        apart = lambda i, b: torch.where(b < 0, -1, b*len(parts) + i)
-        label = lambda i, p: none(p) if p.branch is None else apart(i, p.branch)
-        labels = [label(i, p) for i, p in enumerate(parts)]
-        branch = None if all(p.branch is None for p in parts) else torch.cat(labels)
-        one = all(p.guessed_by is parts[0].guessed_by for p in parts)
-        return Trajectories(
-            torch.cat([p.x for p in parts], 1), both([p.y for p in parts], 0),
-            both([p.x0_hat for p in parts], 1) if one else None, branch,
-            parts[0].guessed_by if one else None)
+
+# %% ../nbs/03_diffusion.ipynb #660cf199
+@patch
+def __getitem__(self:Trajectories, i) -> Trajectories: # i indexes the batch: a slice or tensor
+    "Some of the paths"
+    pick = lambda v: None if v is None else v[i]
+    x0_hat = None if self.x0_hat is None else self.x0_hat[:, i]
+    return Trajectories(self.x[:, i], pick(self.y), x0_hat, pick(self.branch), self.guessed_by)
+
+# %% ../nbs/03_diffusion.ipynb #27225c51
+@patch
+def to(self:Trajectories, device) -> Trajectories:
+    "The same paths on another device"
+    move = lambda v: None if v is None else v.to(device)
+    parts = (self.x, self.y, self.x0_hat, self.branch)
+    return Trajectories(*map(move, parts), self.guessed_by)
+
+# %% ../nbs/03_diffusion.ipynb #fe6974ee
+@patch(cls_method=True)
+def cat(cls:Trajectories, parts:list) -> Trajectories:
+    "One batch of several; guesses survive where all have one's, and branches stay apart"
+    both = lambda ts, dim: None if any(t is None for t in ts) else torch.cat(ts, dim)
+    none = lambda p: p.x.new_full((len(p),), -1, dtype=torch.long)
+    apart = lambda i, b: torch.where(b < 0, -1, b*len(parts) + i)
+    label = lambda i, p: none(p) if p.branch is None else apart(i, p.branch)
+    labels = [label(i, p) for i, p in enumerate(parts)]
+    branch = None if all(p.branch is None for p in parts) else torch.cat(labels)
+    one = all(p.guessed_by is parts[0].guessed_by for p in parts)
+    return cls(torch.cat([p.x for p in parts], 1), both([p.y for p in parts], 0),
+        both([p.x0_hat for p in parts], 1) if one else None, branch,
+        parts[0].guessed_by if one else None)
 
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(Bookkeeping):
@@ -132,13 +141,13 @@ class Chain(Bookkeeping):
 # %% ../nbs/03_diffusion.ipynb #eddf5f06
 class Diffusion(Described, nn.Module):
     "A prior: `steps` Gaussian steps from noise to data plus visible noise `last_noise`"
-    def __init__(self, denoiser, # E[x0 given x_t], a `Denoiser`
+    def __init__(self, denoiser, # E[x0 given x_t], a Denoiser
         shape, # the event's shape, such as (1, 32, 32) or (2,)
         steps=50, # K
         last_noise=.02, # noise of the last level, in the data's units
         start=1., # time of the first level
         spacing=None, # the schedule in whose time levels are even; None: the denoiser's
-        error=None # t -> E|x0-x0_hat|^2 per pixel; `denoiser.error` if None
+        error=None # t -> E|x0-x0_hat|^2 per pixel; the denoiser's own if None
         ):
         super().__init__()
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
@@ -147,29 +156,6 @@ class Diffusion(Described, nn.Module):
         error = (error or denoiser.error)(t[:-1].to(device)).double().cpu()
         self.denoiser, self.shape, self.last_noise = denoiser, tuple(shape), last_noise
         self.chain = Chain(t, alpha, sigma, error).to(device)
-    @property
-    def steps(self) -> int: "The number of steps K"; return len(self.chain)
-    @property
-    def device(self) -> torch.device: "Where the chain is"; return self.chain.t.device
-    @property
-    def dtype(self) -> torch.dtype:
-        "The precision of paths: the parameters', but never less than single"
-        found = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        if found is None: return torch.get_default_dtype()
-        return torch.promote_types(found, torch.float32)
-    @property
-    def brief(self) -> str: # where it is one of many facts
-        return f'{type(self).__name__} of {self.steps} steps over {self.shape}'
-    def describe(self) -> dict:
-        facts = {'events': self.shape, 'steps': self.steps, 'last noise': self.last_noise}
-        denoiser, schedule = map(in_words, (self.denoiser, self.denoiser.schedule))
-        kind = kind_of(torch.empty(0, dtype=self.dtype, device=self.device))
-        return facts | {'denoiser': denoiser, 'schedule': schedule, 'tensors': kind}
-    @property
-    def guesser(self) -> 'Diffusion':
-        "Whose guess its steps start from: its own"
-        return self
-
     def start(self, shape # (B, ...)
         ) -> Distribution:
         "Where every path begins: pure noise"
@@ -192,34 +178,41 @@ class Diffusion(Described, nn.Module):
         "Distribution of x[k+1] given x[k]"
         if x0_hat is None: x0_hat = self.denoise(x, k)
         return gaussian(self.mean(x, k, x0_hat), self.chain.at('std', k, x))
-    def noise(self, x:Tensor, # (B, ...) at level k+1
-        k) -> Distribution:
-        "Markov noising: distribution of x[k] given x[k+1]"
-        return gaussian(self.chain.at('a', k, x)*x, self.chain.at('b', k, x))
 
-# %% ../nbs/03_diffusion.ipynb #bb4d1448
-def repeat_y(y, n:int, # number of paths
-    device=None) -> Tensor: # (n, ...), or None for None
-    "One measurement, or one per path, as many as there are paths"
-    if y is None: return None
-    y = torch.as_tensor(y, device=device)
-    bad = int((~torch.isfinite(y)).sum())
-    if bad:
-        raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
-    if y.ndim and y.shape[0] == n: return y
-    if y.ndim and y.shape[0] == 1: return y.expand(n, *y.shape[1:])
-    raise ValueError(f'y must hold one measurement, or one for each of the {n} paths, '
-        f'along its first dimension; got shape {tuple(y.shape)}')
+# %% ../nbs/03_diffusion.ipynb #c3c59a3e
+@patch(as_prop=True)
+def steps(self:Diffusion) -> int: "The number of steps K"; return len(self.chain)
+@patch(as_prop=True)
+def device(self:Diffusion) -> torch.device: "Where the chain is"; return self.chain.t.device
+@patch(as_prop=True)
+def dtype(self:Diffusion) -> torch.dtype:
+    "The precision of paths: the parameters', but never less than single"
+    found = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+    if found is None: return torch.get_default_dtype()
+    return torch.promote_types(found, torch.float32)
 
-# %% ../nbs/03_diffusion.ipynb #84f6ed5e
+@patch(as_prop=True)
+def brief(self:Diffusion) -> str:
+    "In a few words, where it is one of many facts"
+    return f'{type(self).__name__} of {self.steps} steps over {self.shape}'
 @patch
-def measured(self:Diffusion, y, n:int) -> Tensor: # (n, ...), or None for None
-    "The measurement of each of `n` paths"
-    return repeat_y(y, n, self.device)
+def describe(self:Diffusion) -> dict:
+    "Facts by name"
+    facts = {'events': self.shape, 'steps': self.steps, 'last noise': self.last_noise}
+    denoiser, schedule = map(in_words, (self.denoiser, self.denoiser.schedule))
+    kind = kind_of(torch.empty(0, dtype=self.dtype, device=self.device))
+    return facts | {'denoiser': denoiser, 'schedule': schedule, 'tensors': kind}
 
+# %% ../nbs/03_diffusion.ipynb #4546092a
+@patch(as_prop=True)
+def guesser(self:Diffusion) -> Diffusion:
+    "Whose guess its steps start from: its own"
+    return self
+
+# %% ../nbs/03_diffusion.ipynb #b7ce7a11
 @patch
 @torch.no_grad()
-def walk(self:Diffusion, n:int, y=None, # the measurement of each path (n, ...), of `measured`
+def walk(self:Diffusion, n:int, y=None, # the measurement of each path (n, ...)
     x=None, # start here instead of at noise, (n, ...) at level `first`
     first=0,
     spread=1., # draw with this many standard deviations of the kernel
@@ -235,6 +228,14 @@ def walk(self:Diffusion, n:int, y=None, # the measurement of each path (n, ...),
         yield k, x, x0_hat, kernel, following
         x = following
 
+# %% ../nbs/03_diffusion.ipynb #5fb85d44
+@patch
+def sample(self:Diffusion, n:int) -> Tensor: # (n, ...)
+    "Draw `n` data points, in the memory of one step"
+    for *_, x in self.walk(n): pass
+    return x
+
+# %% ../nbs/03_diffusion.ipynb #88b6bab8
 @patch
 def collect(self:Diffusion, steps, # what `walk` yields, from the first level on
     y=None) -> Trajectories:
@@ -246,18 +247,60 @@ def collect(self:Diffusion, steps, # what `walk` yields, from the first level on
         path[k], guesses[k], path[k+1] = x, x0_hat, following
     return Trajectories(path, y, guesses, guessed_by=self.guesser)
 
+# %% ../nbs/03_diffusion.ipynb #6740239a
 @patch
 def simulate(self:Diffusion, n:int, spread=1.) -> Trajectories:
     "Draw `n` whole paths"
     return self.collect(self.walk(n, spread=spread))
 
+# %% ../nbs/03_diffusion.ipynb #50e113d3
 @patch
-def sample(self:Diffusion, n:int) -> Tensor: # (n, ...)
-    "Draw `n` data points, in the memory of one step"
-    for *_, x in self.walk(n): pass
-    return x
+def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of x[k+1]
+    "The kernel of every step of given paths"
+    if tau.steps != self.steps:
+        raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: '
+            'draw them from it')
+    ours = tau.x0_hat is not None and tau.guessed_by is self.guesser
+    known = tau.x0_hat if ours else [None]*self.steps
+    return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
 
-# %% ../nbs/03_diffusion.ipynb #4546092a
+# %% ../nbs/03_diffusion.ipynb #44da7f35
+@patch
+@torch.no_grad()
+def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
+    "Log-density of whole paths, in nats"
+    total = self.start(tau.xT.shape).log_prob(tau.xT)
+    for k, kernel in enumerate(self.kernels(tau)): total = total + kernel.log_prob(tau.x[k+1])
+    return total
+
+# %% ../nbs/03_diffusion.ipynb #b352f9ba
+def repeat_y(y, n:int, # number of paths
+    device=None) -> Tensor: # (n, ...), or None for None
+    "One measurement, or one per path, as many as there are paths"
+    if y is None: return None
+    y = torch.as_tensor(y, device=device)
+    bad = int((~torch.isfinite(y)).sum())
+    if bad:
+        raise ValueError(f'the measurement holds {bad} non-finite values: mask or repair them')
+    if y.ndim and y.shape[0] == n: return y
+    if y.ndim and y.shape[0] == 1: return y.expand(n, *y.shape[1:])
+    raise ValueError(f'y must hold one measurement, or one for each of the {n} paths, '
+        f'along its first dimension; got shape {tuple(y.shape)}')
+
+# %% ../nbs/03_diffusion.ipynb #dada4702
+@patch
+def measured(self:Diffusion, y, n:int) -> Tensor: # (n, ...), or None for None
+    "The measurement of each of `n` paths"
+    return repeat_y(y, n, self.device)
+
+# %% ../nbs/03_diffusion.ipynb #561ad25c
+@patch
+def noise(self:Diffusion, x:Tensor, # (B, ...) at level k+1
+    k) -> Distribution:
+    "Markov noising: distribution of x[k] given x[k+1]"
+    return gaussian(self.chain.at('a', k, x)*x, self.chain.at('b', k, x))
+
+# %% ../nbs/03_diffusion.ipynb #26942118
 @patch
 @torch.no_grad()
 def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
@@ -270,24 +313,6 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
     path[-1] = x0
     for k in reversed(range(self.steps)): path[k] = self.noise(path[k+1], k).sample()
     return Trajectories(path, self.measured(y, len(x0)))
-
-@patch
-def kernels(self:Diffusion, tau:Trajectories) -> Iterator: # K distributions of x[k+1]
-    "The kernel of every step of given paths"
-    if tau.steps != self.steps:
-        raise ValueError(f'these paths have {tau.steps} steps, the chain {self.steps}: '
-            'draw them from it')
-    ours = tau.x0_hat is not None and tau.guessed_by is self.guesser
-    known = tau.x0_hat if ours else [None]*self.steps
-    return (self.kernel(tau.x[k], k, tau.y, known[k]) for k in range(self.steps))
-
-@patch
-@torch.no_grad()
-def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
-    "Log-density of whole paths, in nats"
-    total = self.start(tau.xT.shape).log_prob(tau.xT)
-    for k, kernel in enumerate(self.kernels(tau)): total = total + kernel.log_prob(tau.x[k+1])
-    return total
 
 # %% ../nbs/03_diffusion.ipynb #d2237240
 @patch

@@ -73,6 +73,14 @@ def _local_weights(path, name, url) -> Path:
     raise FileNotFoundError(f'no weights at {file}: pass weights=PATH of {name}, '
                             f'to be had from {url}')
 
+def _torchvision_weights(path, name) -> dict:
+    "The tensors of one of torchvision's files"
+    file = _local_weights(path, name, f'https://download.pytorch.org/models/{name}')
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(f'{file} is no readable weight file ({type(e).__name__}): '
+                         f'fetch {name} again') from None
+
 def _as_rgb(x) -> Tensor: # (B, 3, H, W)
     "Grey repeated; colour as it is"
     if x.shape[1] in (1, 3): return x.expand(-1, 3, -1, -1)
@@ -97,7 +105,7 @@ class LPIPS(nn.Module):
         name, self.smallest = self.backbones[backbone]
         self.chunk = check_whole('chunk', chunk)
         import lpips
-        state = self._read(weights, name)
+        state = _torchvision_weights(weights, name)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter('ignore')
             net = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
@@ -109,13 +117,6 @@ class LPIPS(nn.Module):
                                   f'{lost[0]!r} is missing or of another shape')
         net.net.load_state_dict({k: state[v] for k, v in theirs.items()})
         self.net = net.requires_grad_(False)
-    @staticmethod
-    def _read(weights, name) -> dict:
-        file = _local_weights(weights, name, f'https://download.pytorch.org/models/{name}')
-        try: return torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as e:
-            raise ValueError(f'{file} is no readable weight file ({type(e).__name__}): '
-                             f'fetch {name} again') from None
     @torch.no_grad()
     def forward(self, x, truth # (B, C, H, W), and as many or one; 1 or 3 channels
         ) -> Tensor: # (B,); nan where a pixel is not finite

@@ -149,6 +149,16 @@ def _one_measurement(problem, y) -> Tensor: # (1, ...)
     if len(y) == 1: return y
     raise ValueError(f'samples are scored for one measurement, got {len(y)}: call it for each')
 
+def _beside_truth(problem, x, y, truth, perceptual, chunk) -> dict:
+    "How far samples, and their mean, are from the truth"
+    error, truth = posterior_mean_error(x, truth), truth.reshape(1, *problem.prior.shape)
+    numbers = dict(mean_error=error, truth_log_r=problem.log_likelihood(truth, y).sum(),
+                   error=as_double(x-truth).square().mean().sqrt())
+    if not perceptual: return numbers
+    apart = [perceptual(part, truth) for part in x.split(chunk)]
+    return numbers | dict(lpips=torch.cat(apart).mean())
+
+# %% ../nbs/15_evidence.ipynb #16d75c5d
 def score_samples(problem, # an `InverseProblem`
     x, # samples (n, ...), from wherever
     y, # of one measurement (1, ...)
@@ -172,13 +182,7 @@ def score_samples(problem, # an `InverseProblem`
         chi2 = [residual_chi2(y, problem.operator(part), problem.noise_std) for part in parts]
         numbers['chi2'] = torch.cat(chi2).mean()
     if truth is not None:
-        truth = torch.as_tensor(truth).to(x)
-        numbers['mean_error'] = posterior_mean_error(x, truth)
-        truth = truth.reshape(1, *shape)
-        numbers['truth_log_r'] = problem.log_likelihood(truth, y).sum()
-        numbers['error'] = as_double(x-truth).square().mean().sqrt()
-        if perceptual:
-            numbers['lpips'] = torch.cat([perceptual(part, truth) for part in parts]).mean()
+        numbers |= _beside_truth(problem, x, y, torch.as_tensor(truth).to(x), perceptual, chunk)
     return as_floats(numbers)
 
 # %% ../nbs/15_evidence.ipynb #a8062dea

@@ -28,78 +28,100 @@ def one_measurement(problem:InverseProblem, y) -> Tensor: # (1, ...)
         raise ValueError(f'a closed form takes one measurement (1, ...), got {len(y)}')
     return y
 
-# %% ../nbs/09a_exact.ipynb #e34fdeb6
+# %% ../nbs/09a_exact.ipynb #ae13458e
 class ExactChain:
     "One measurement of a Gaussian prior through a linear operator, in closed form on the chain"
     def __init__(self, problem:InverseProblem, y, # one measurement (1, ...)
         keep=True # every step's matrices, 2 K D^2 numbers, for all methods but `posterior`
         ):
-        prior, op, y = problem.prior, problem.operator, one_measurement(problem, y)
-        if not isinstance(prior.denoiser, GaussianDenoiser):
+        self.problem, self.prior, self.y = problem, problem.prior, one_measurement(problem, y)
+        if not isinstance(self.prior.denoiser, GaussianDenoiser):
             raise ValueError('ExactChain needs a GaussianDenoiser prior, got '
-                f'{type(prior.denoiser).__name__}')
-        self.problem, self.prior, self.y = problem, prior, y
-        c, d = prior.chain, prior.denoiser
-        self.V, var = d.vectors, problem.noise_std**2
-        A = self.A = op.matrix().double() @ self.V
-        self.residual = (y.double() - op(d.mean.new_zeros(1, *prior.shape))).flatten()
-        gain, alpha = d.gain(c.t[:-1]), d.schedule(c.t[:-1])[0]
-        m = d.mean.flatten() @ self.V
-        self.F = c.c0[:, None]*gain + c.c1[:, None] # diagonals
-        self.f = c.c0[:, None]*(1 - alpha[:, None]*gain)*m
-        self.s2, self.s0 = c.std**2, c.sigma[0]**2
-        self.means, self.vars = [torch.zeros_like(m)], [self.s0*torch.ones_like(m)] # all levels
-        for F, f, s2 in zip(self.F, self.f, self.s2):
-            self.means.append(F*self.means[-1] + f)
-            self.vars.append(F**2*self.vars[-1] + s2)
-        self.mean, self.var = self.means[-1], self.vars[-1]
-        predicted = A*self.var @ A.T + var*torch.eye(len(A)).to(A)
-        q = MultivariateNormal(A @ self.mean, predicted)
-        self.log_evidence = q.log_prob(self.residual).item()
-        self._backwards(keep, var)
+                f'{type(self.prior.denoiser).__name__}')
+        self._coordinates()
+        self._forwards()
+        self._backwards(keep)
 
-    def _backwards(self, keep, var):
-        "The recursion of P, p and both constants, from the data to the noise"
-        A, residual, steps = self.A, self.residual, len(self.s2)
-        I = torch.eye(len(self.mean)).to(A)
-        P, p = A.T @ A/var, A.T @ residual/var
-        exact = best = -(residual @ residual)/var/2 - len(A)*math.log(2*math.pi*var)/2
-        self.P, self.p, self.M, self.step_gap = [], [], [], []
-        for k in reversed(range(steps)):
-            F, f, s2 = self.F[k], self.f[k], self.s2[k]
-            chol = torch.linalg.cholesky(I + s2*P)
-            M = torch.cholesky_inverse(chol)
-            if keep: self.P.insert(0, P); self.M.insert(0, M)
-            self.p.insert(0, p)
-            PM, Mf = (I - M)/s2, M @ f
-            log_det, trace = 2*chol.diagonal().log().sum(), s2*P.trace()
-            shared = p @ Mf - f @ (f - Mf)/s2/2 + s2*p @ M @ p/2
-            self.step_gap.insert(0, ((trace-log_det)/2).item())
-            exact, best = exact + shared - log_det/2, best + shared - trace/2
-            P, p = F[:, None]*PM*F, F*(M @ p - PM @ f)
-        self.best_elbo = (best - self.s0*P.trace()/2).item()
-        self.log_h0 = exact.item()
-
-    @property
-    def gap(self) -> float:
-        "log Z minus the best ELBO at shared variance, in nats"
-        return self.log_evidence - self.best_elbo
-
-    def posterior(self) -> MultivariateNormal:
-        "The exact posterior of the chain's end, over flattened events"
-        A, var = self.A, self.problem.noise_std**2
-        cov = torch.linalg.inv(torch.diag(1/self.var) + A.T @ A/var)
-        cov = self.V @ (cov+cov.T) @ self.V.T/2
-        weighed = self.mean/self.var + A.T @ self.residual/var
-        return MultivariateNormal(cov @ self.V @ weighed, cov)
-
-    def mean_shift(self, mu:Tensor, # the prior's mean (B, D)
-        k:int) -> Tensor: # (B, D)
-        "How far the exact posterior's step lies from the prior's"
-        V, P, M = (v.to(mu) for v in (self.V, self.P[k], self.M[k]))
-        return self.s2[k].to(mu)*(self.p[k].to(mu) - mu @ V @ P) @ M @ V.T
+# %% ../nbs/09a_exact.ipynb #e34fdeb6
+@patch
+def _coordinates(self:ExactChain):
+    "Operator and steps in the eigenvectors of the prior's covariance"
+    prior, op, c, d = self.prior, self.problem.operator, self.prior.chain, self.prior.denoiser
+    self.V = d.vectors
+    self.A = op.matrix().double() @ self.V
+    self.residual = (self.y.double() - op(d.mean.new_zeros(1, *prior.shape))).flatten()
+    gain, alpha = d.gain(c.t[:-1]), d.schedule(c.t[:-1])[0]
+    self.F = c.c0[:, None]*gain + c.c1[:, None] # diagonals
+    self.f = c.c0[:, None]*(1 - alpha[:, None]*gain)*(d.mean.flatten() @ self.V)
+    self.s2, self.s0 = c.std**2, c.sigma[0]**2
 
 # %% ../nbs/09a_exact.ipynb #bc114ec2
+@patch
+def _forwards(self:ExactChain):
+    "The prior's means and variances at all levels, and the evidence of its end"
+    zero, A, var = torch.zeros_like(self.f[0]), self.A, self.problem.noise_std**2
+    self.means, self.vars = [zero], [self.s0*torch.ones_like(zero)]
+    for F, f, s2 in zip(self.F, self.f, self.s2):
+        self.means.append(F*self.means[-1] + f)
+        self.vars.append(F**2*self.vars[-1] + s2)
+    self.mean, self.var = self.means[-1], self.vars[-1]
+    predicted = A*self.var @ A.T + var*torch.eye(len(A)).to(A)
+    q = MultivariateNormal(A @ self.mean, predicted)
+    self.log_evidence = q.log_prob(self.residual).item()
+
+# %% ../nbs/09a_exact.ipynb #b5990d27
+def _step_back(F, f, s2, P, p # of the next level
+    ) -> tuple: # P, p of this level; M; what c gains, but for: log det, and trace
+    "One step of the recursion, towards noise"
+    I = torch.eye(len(p)).to(P)
+    chol = torch.linalg.cholesky(I + s2*P)
+    M = torch.cholesky_inverse(chol)
+    PM, Mf = (I - M)/s2, M @ f
+    gained = p @ Mf - f @ (f - Mf)/s2/2 + s2*p @ M @ p/2
+    log_det, trace = 2*chol.diagonal().log().sum(), s2*P.trace()
+    return F[:, None]*PM*F, F*(M @ p - PM @ f), M, gained, log_det, trace
+
+# %% ../nbs/09a_exact.ipynb #1f0698de
+@patch
+def _backwards(self:ExactChain, keep):
+    "P, p and M of all steps, from the data to the noise, and the two constants at its end"
+    A, residual, var = self.A, self.residual, self.problem.noise_std**2
+    P, p = A.T @ A/var, A.T @ residual/var
+    exact = best = -(residual @ residual)/var/2 - len(A)*math.log(2*math.pi*var)/2
+    self.P, self.p, self.M, self.step_gap = [], [], [], []
+    for k in reversed(range(len(self.s2))):
+        after = P, p
+        P, p, M, gained, log_det, trace = _step_back(self.F[k], self.f[k], self.s2[k], *after)
+        if keep: self.P.insert(0, after[0]); self.M.insert(0, M)
+        self.p.insert(0, after[1])
+        self.step_gap.insert(0, ((trace-log_det)/2).item())
+        exact, best = exact + gained - log_det/2, best + gained - trace/2
+    self.best_elbo = (best - self.s0*P.trace()/2).item()
+    self.log_h0 = exact.item()
+
+@patch(as_prop=True)
+def gap(self:ExactChain) -> float:
+    "log Z minus the best ELBO at shared variance, in nats"
+    return self.log_evidence - self.best_elbo
+
+# %% ../nbs/09a_exact.ipynb #c1cade0d
+@patch
+def posterior(self:ExactChain) -> MultivariateNormal:
+    "The exact posterior of the chain's end, over flattened events"
+    A, var = self.A, self.problem.noise_std**2
+    cov = torch.linalg.inv(torch.diag(1/self.var) + A.T @ A/var)
+    cov = self.V @ (cov+cov.T) @ self.V.T/2
+    weighed = self.mean/self.var + A.T @ self.residual/var
+    return MultivariateNormal(cov @ self.V @ weighed, cov)
+
+@patch
+def mean_shift(self:ExactChain, mu:Tensor, # the prior's mean (B, D)
+    k:int) -> Tensor: # (B, D)
+    "How far the exact posterior's step lies from the prior's"
+    V, P, M = (v.to(mu) for v in (self.V, self.P[k], self.M[k]))
+    return self.s2[k].to(mu)*(self.p[k].to(mu) - mu @ V @ P) @ M @ V.T
+
+# %% ../nbs/09a_exact.ipynb #9e05423c
 class ExactPosterior(Diffusion):
     "The posterior's own chain: exact mean and covariance of every step"
     def __init__(self, exact:ExactChain):
@@ -124,6 +146,7 @@ class ExactPosterior(Diffusion):
         "log r - log q/p of each path: log Z on all of them"
         return self.exact.problem.log_likelihood(tau.x0, self.exact.y) - self.log_ratio(tau)
 
+# %% ../nbs/09a_exact.ipynb #e0605ee0
 class BestDrift(Drift):
     "The best drift at shared step variance: the exact mean shift for one known measurement"
     def __init__(self, exact:ExactChain): super().__init__(); self.exact = exact

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['ray_trace', 'pixel_centres', 'bilinear_matrix', 'gaussian_kernel', 'telescope_matrix', 'Lens', 'simulate_caustics',
-           'critical_curves', 'magnification']
+           'critical_curves', 'magnification', 'show_sky', 'Observation', 'load_observation', 'even_noise']
 
 # %% ../nbs/08_lensing.ipynb #15ce48f9
 import math
+from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from .data import read_image
+from .nonlinear import Compose
 from .operators import SparseMatrix
 from .schedule import check_number, check_whole
+from .show import other_colours, show_images
 
 # %% ../nbs/08_lensing.ipynb #7009f134
 def ray_trace(
@@ -71,7 +75,8 @@ def telescope_matrix(size:int, upsample:int, kernel): # kernel: odd, of sub-pixe
     return scipy.sparse.csr_array((np.tile(weights, size), (rows, cols)), shape=shape)
 
 # %% ../nbs/08_lensing.ipynb #56fdbb21
-def _check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, psf, upsample):
+def _check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, psf, upsample,
+                image_size):
     "The arguments of a lens as plain numbers, refused if it cannot be or leaves its image"
     for name, pair in (('centre', centre), ('shear', shear)):
         if np.shape(pair) != (2,): raise ValueError(f'{name} must be two numbers, got {pair!r}')
@@ -87,7 +92,9 @@ def _check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, p
         fov=fov,
         source_fov=check_number('source_fov', source_fov, hint=arcsec),
         psf=check_number('psf', psf, f'[0, {fov/4}]', 'a standard deviation, up to fov/4'),
-        upsample=check_whole('upsample', upsample, hint='rays per pixel and axis'))
+        upsample=check_whole('upsample', upsample, hint='rays per pixel and axis'),
+        image_size=size if image_size is None else image_size)
+    res['image_size'] = check_whole('image_size', res['image_size'], 8, hint='pixels per side')
     if math.hypot(*res['shear']) >= 1:
         raise ValueError(f'shear must be smaller than 1, got {res["shear"]} '
                          f'of size {math.hypot(*res["shear"]):.3g}')
@@ -99,16 +106,17 @@ def _check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, p
     return res
 
 # %% ../nbs/08_lensing.ipynb #a01b6540
-def _lens_matrix(size, einstein_radius, q, phi, centre, shear, fov, source_fov, psf, upsample):
-    "Sparse (size^2, size^2) from source flux to image flux; arguments as for `Lens`"
+def _lens_matrix(size, einstein_radius, q, phi, centre, shear, fov, source_fov, psf, upsample,
+                 image_size):
+    "Sparse (image_size^2, size^2) from source flux to image flux; arguments as for `Lens`"
     import scipy.sparse
-    pixel = fov/size/upsample
+    pixel = fov/image_size/upsample
     kernel = gaussian_kernel(psf, pixel)
-    u = pixel_centres(size*upsample + len(kernel)-1, pixel)
+    u = pixel_centres(image_size*upsample + len(kernel)-1, pixel)
     x, y = (torch.from_numpy(v.ravel()) for v in np.meshgrid(u, u))
     bent = ray_trace(x, y, einstein_radius, q, phi, centre, shear)
     rays = bilinear_matrix(*(v.numpy() for v in bent), size, source_fov)
-    row = telescope_matrix(size, upsample, kernel)
+    row = telescope_matrix(image_size, upsample, kernel)
     M = (scipy.sparse.kron(row, row, format='csr') @ rays).tocsr()
     if not M.data.any():
         raise ValueError(f'no ray meets the source: rays are {pixel:g} arcsec apart, and it is '
@@ -119,7 +127,7 @@ def _lens_matrix(size, einstein_radius, q, phi, centre, shear, fov, source_fov, 
 class Lens(SparseMatrix):
     "A lens and a telescope: sources (B, 1, size, size) in [-1, 1] to images in counts"
     def __init__(self,
-        size:int=32, # pixels per side, of source and image
+        size:int=32, # pixels per side of the source: the prior's
         einstein_radius=1.5, # arcsec
         q=.75, # axis ratio of the mass, in (0, 1]
         phi=.6, # angle of its long axis from x towards y, radians
@@ -128,15 +136,19 @@ class Lens(SparseMatrix):
         fov=6., # side of the image, arcsec
         source_fov=2.5, # side of the source, arcsec
         psf=.08, # standard deviation of the Gaussian point spread function, arcsec
-        upsample:int=4): # rays per pixel and axis
+        upsample:int=4, # rays per pixel and axis
+        image_size:int=None): # pixels per side of the image; None: as many as the source's
         args = _check_lens(size, einstein_radius, q, phi, centre, shear, fov, source_fov, psf,
-                           upsample)
-        M, shape = _lens_matrix(**args), (1, args['size'], args['size'])
-        super().__init__(M/2, shape, shape, np.asarray(M.sum(1)).reshape(shape)/2)
-        for n in ('size', 'fov', 'source_fov', 'psf', 'upsample'): setattr(self, n, args.pop(n))
+                           upsample, image_size)
+        M = _lens_matrix(**args)
+        shape, seen = ((1, n, n) for n in (args['size'], args['image_size']))
+        super().__init__(M/2, shape, seen, np.asarray(M.sum(1)).reshape(seen)/2)
+        for n in ('size', 'image_size', 'fov', 'source_fov', 'psf', 'upsample'):
+            setattr(self, n, args.pop(n))
         self.model = args
     def extra_repr(self):
-        return (f'{self.size}x{self.size}, {self.model}, fov={self.fov}, '
+        return (f'{self.size}x{self.size} to {self.image_size}x{self.image_size}, '
+                f'{self.model}, fov={self.fov}, '
                 f'source_fov={self.source_fov}, psf={self.psf}')
 
 # %% ../nbs/08_lensing.ipynb #8c1bacb0
@@ -156,13 +168,13 @@ def simulate_caustics(lens:Lens, flux, # (size, size) in counts
     mass = caustics.SinglePlane(cosmology=cosmology, lenses=[sie, shear], z_l=.5, z_s=1.)
     light = caustics.Pixelated(image=f64(flux).cpu(), x0=f64(0.), y0=f64(0.),
                                pixelscale=f64(lens.source_fov/lens.size))
-    pixel = lens.fov/lens.size
+    pixel = lens.fov/lens.image_size
     kernel = torch.from_numpy(gaussian_kernel(lens.psf, pixel/lens.upsample))
-    sim = caustics.LensSource(mass, light, pixelscale=pixel, pixels_x=lens.size,
+    sim = caustics.LensSource(mass, light, pixelscale=pixel, pixels_x=lens.image_size,
                               upsample_factor=lens.upsample, psf=torch.outer(kernel, kernel))
     sim = sim.to(dtype=torch.float64)
     if double:
-        n = lens.size*lens.upsample + len(kernel)-1
+        n = lens.image_size*lens.upsample + len(kernel)-1
         u = torch.from_numpy(pixel_centres(n, pixel/lens.upsample))
         sim._grid = tuple(v[..., None] for v in torch.meshgrid(u, u, indexing='xy'))
     return sim()
@@ -188,3 +200,124 @@ def magnification(lens:Lens) -> Tensor: # (size, size), float64
     device = next(lens.buffers()).device
     ones = torch.ones(1, *lens.out_shape, dtype=torch.float64, device=device)
     return 2*lens.adjoint(ones)[0, 0]*(lens.fov/lens.source_fov)**2
+
+# %% ../nbs/08_lensing.ipynb #97acbbf6
+def show_sky(lens:Lens, images, titles=None, # as for `show_images`
+    planes='source', # 'source' or 'image': one, or one per image
+    curves=True, # whether to draw the lens's curves: one, or one per image
+    **options): # of `show_images`
+    "Images of either plane with arcseconds and the lens's curves; returns the axes"
+    from matplotlib.ticker import MaxNLocator
+    as_list = lambda v: list(v) if isinstance(v, (list, tuple)) else [v]*len(images)
+    odd = [plane for plane in as_list(planes) if plane not in ('source', 'image')]
+    if odd: raise ValueError(f"a plane is 'source' or 'image', got {odd[0]!r}")
+    axes, pairs = show_images(images, titles, **options), critical_curves(lens)
+    for ax, plane, drawn in zip(axes.flat, as_list(planes), as_list(curves)):
+        half = (lens.source_fov if plane == 'source' else lens.fov)/2
+        ax.images[0].set_extent((-half, half, half, -half))
+        for pair in pairs if drawn else []:
+            ax.plot(*pair[plane == 'source'].T, color=other_colours[2], lw=1)
+        ax.set(xlim=(-half, half), ylim=(half, -half))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5]))
+        ax.tick_params(labelsize=6, length=2, pad=2)
+        ax.set_xlabel('arcsec', fontsize=6, labelpad=1)
+    return axes
+
+# %% ../nbs/08_lensing.ipynb #4dae3ab6
+@dataclass(frozen=True)
+class Observation:
+    "An image in counts, and what these are in the file's own units"
+    y: Tensor # (1, 1, size, size) in counts
+    noise_std: object # of its pixels, in counts: a float, or a map of y's shape
+    fov: float # arcsec per side
+    sky: float # level of the sky, in the file's units
+    unit: float # one count, in the file's units
+
+# %% ../nbs/08_lensing.ipynb #5b8fad9e
+def _blocks(im, size) -> np.ndarray: # (size, size, block, block)
+    "The central square as blocks of pixels"
+    side = min(im.shape)
+    size = side if size is None else check_whole('size', size, 8, hint='pixels per side')
+    if size > side:
+        raise ValueError(f'size {size} is more than the {side} pixels of the file: '
+                         'averaging makes an image smaller, never larger')
+    block = side//size
+    top, left = ((n - size*block)//2 for n in im.shape)
+    im = im[top:top + size*block, left:left + size*block]
+    return im.reshape(size, block, size, block).swapaxes(1, 2)
+
+def _noise_level(x) -> float: # standard deviation per pixel of an image (H, W)
+    "Noise of the darker half: pixels against planes through their neighbours (Immerkaer 1996)"
+    from scipy import ndimage
+    d = 4*x[1:-1, 1:-1] + x[:-2, :-2] + x[:-2, 2:] + x[2:, :-2] + x[2:, 2:]
+    d = d - 2*(x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:])
+    level = ndimage.median_filter(x, 3)[1:-1, 1:-1]
+    d = d[level <= np.median(level)]
+    return float(1.4826*np.median(abs(d - np.median(d)))/6)
+
+def _noise(noise, shape, size) -> np.ndarray: # of the averaged pixels: one number, or a map
+    "The noise of each block's mean from the noise of its pixels"
+    noise = np.asarray(noise, dtype=float)
+    if noise.shape not in ((), shape):
+        raise ValueError(f'the noise map has shape {noise.shape}, the image {shape}: '
+                         'give one number, or one per pixel')
+    if not (noise > 0).all():
+        raise ValueError('noise must be positive, in units of the file; a pixel to be left '
+                         f'out has inf: {(~(noise > 0)).sum()} are neither')
+    each = _blocks(np.broadcast_to(noise, shape), size)
+    each = np.sqrt((each**2).mean((2, 3))/each.shape[-1]**2)
+    return each if noise.shape else each[0, 0]
+
+# %% ../nbs/08_lensing.ipynb #1edc536f
+def load_observation(path, # .npy, .png or .fits
+    pixel_scale, # arcsec per pixel of the file
+    size=None, # pixels per side after averaging; None: the file's own
+    noise=None, # of the file's pixels, in its units: a number or a map; None: it is measured
+    sky=None, # in the file's units; None: the median of the border
+    unit=None, # of one count, in the file's units; None: the image's brightest spot has `peak`
+    peak=.8, # counts of the brightest spot
+    hdu=None # name or number of a FITS extension, as for `read_image`
+    ) -> Observation:
+    "An image of a lens, its sky subtracted, in counts, with its noise"
+    from scipy import ndimage
+    pixel_scale = check_number('pixel_scale', pixel_scale, hint='it is arcsec per pixel')
+    im = read_image(path, hdu)
+    std = None if noise is None else _noise(noise, im.shape, size)
+    blocks = _blocks(im, size)
+    fov, im = len(blocks)*blocks.shape[-1]*pixel_scale, blocks.mean((2, 3))
+    hidden = np.broadcast_to(np.isinf(0. if std is None else std), im.shape)
+    bad = (~np.isfinite(im) & ~hidden).sum()
+    if bad:
+        raise ValueError(f'{bad} pixels are not finite: repair them, or give noise inf there')
+    border = np.r_[im[0], im[-1], im[1:-1, 0], im[1:-1, -1]]
+    if sky is None: sky = np.median(border[np.isfinite(border)])
+    light = np.where(hidden, 0., im - check_number('sky', sky, '(-inf, inf)'))
+    if unit is None:
+        brightest, level = ndimage.median_filter(light, 3).max(), _noise_level(light)
+        if not brightest > 5*level: raise ValueError(
+            f'nothing in {path} stands five noises ({level:g}) above its sky ({sky:g}): '
+            'crop it to the lens, or give unit=')
+        unit = brightest/check_number('peak', peak, '(0, 1]')
+    y = light/check_number('unit', unit)
+    if std is None: std = _noise_level(light)
+    std = torch.from_numpy(std/unit)[None, None].float() if np.ndim(std) else float(std/unit)
+    y = torch.from_numpy(y)[None, None].float()
+    return Observation(y, std, fov, float(sky), float(unit))
+
+# %% ../nbs/08_lensing.ipynb #3af9bf48
+def even_noise(operator, # linear, to images of the map's shape
+    y, # measurement (1, ...)
+    noise_map # noise of each pixel, the shape of y; inf leaves a pixel out
+    ) -> tuple: # operator, y, noise_std
+    "Weigh pixels so that all have the map's median noise"
+    import scipy.sparse
+    noise_map = torch.as_tensor(noise_map).double().cpu()
+    if noise_map.shape != y.shape or not (noise_map > 0).all():
+        raise ValueError(f'noise_map must be positive and of shape {tuple(y.shape)}, '
+                         f'got {tuple(noise_map.shape)} from {noise_map.min().item():g}')
+    std = noise_map[noise_map.isfinite()].median().item()
+    weight = std/noise_map
+    rows = SparseMatrix(scipy.sparse.diags_array(weight.flatten().numpy()),
+                        operator.out_shape, operator.out_shape).to(y.device)
+    return Compose(rows, operator), (y*weight.to(y)), std

@@ -9,6 +9,7 @@ __all__ = ['TimeEmbedding', 'zero_', 'Block', 'PatchTransformer', 'ResBlock', 'U
 import math
 from contextlib import nullcontext
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .schedule import check_number, check_whole
@@ -120,15 +121,18 @@ class PatchTransformer(nn.Module):
         self.head = nn.Sequential(
             nn.Conv2d(2*stem, stem, 3, padding=1), nn.SiLU(),
             zero_(nn.Conv2d(stem, out_channels, 3, padding=1)))
-    def forward(self, x, t):
-        _check_image(self, x)
-        skip = self.stem(x.to(self.stem.weight.dtype))
-        h = self.embed(skip).flatten(2).transpose(1, 2) + self.position
-        mod = self.modulation(F.silu(self.time(t, len(x)))).unflatten(-1, (6, -1))
-        for block in self.blocks: h = block(h, mod)
-        h = self.unembed(F.layer_norm(h, h.shape[-1:]))
-        h = F.pixel_shuffle(h.transpose(1, 2).unflatten(2, self.tokens), self.patch)
-        return self.head(torch.cat([h, skip], 1)).to(x.dtype)
+
+# %% ../nbs/04_networks.ipynb #ebd12575
+@patch
+def forward(self:PatchTransformer, x, t):
+    _check_image(self, x)
+    skip = self.stem(x.to(self.stem.weight.dtype))
+    h = self.embed(skip).flatten(2).transpose(1, 2) + self.position
+    mod = self.modulation(F.silu(self.time(t, len(x)))).unflatten(-1, (6, -1))
+    for block in self.blocks: h = block(h, mod)
+    h = self.unembed(F.layer_norm(h, h.shape[-1:]))
+    h = F.pixel_shuffle(h.transpose(1, 2).unflatten(2, self.tokens), self.patch)
+    return self.head(torch.cat([h, skip], 1)).to(x.dtype)
 
 # %% ../nbs/04_networks.ipynb #5bd71b91
 class ResBlock(nn.Module):
@@ -180,21 +184,24 @@ class UNet(nn.Module):
         self.head = nn.Sequential(
             nn.GroupNorm(8, first), nn.SiLU(),
             zero_(nn.Conv2d(first, out_channels, 3, padding=1)))
-    def forward(self, x, t):
-        _check_image(self, x)
-        e = F.silu(self.time(t, len(x)))
-        h, skips = self.stem(x.to(self.stem.weight.dtype)), []
-        for i, block in enumerate(self.down):
-            h = block(F.avg_pool2d(h, 2) if i else h, e)
-            skips.append(h)
-        h = self.mid1(h, e)
-        mod = self.mod(e).unflatten(-1, (6, -1))
-        tokens = self.attention(h.flatten(2).transpose(1, 2), mod)
-        h = self.mid2(tokens.transpose(1, 2).reshape(h.shape), e)
-        for i, block in enumerate(self.up):
-            if i: h = F.interpolate(h, scale_factor=2)
-            h = block(torch.cat([h, skips.pop()], 1), e)
-        return self.head(h).to(x.dtype)
+
+# %% ../nbs/04_networks.ipynb #f0e0ae24
+@patch
+def forward(self:UNet, x, t):
+    _check_image(self, x)
+    e = F.silu(self.time(t, len(x)))
+    h, skips = self.stem(x.to(self.stem.weight.dtype)), []
+    for i, block in enumerate(self.down):
+        h = block(F.avg_pool2d(h, 2) if i else h, e)
+        skips.append(h)
+    h = self.mid1(h, e)
+    mod = self.mod(e).unflatten(-1, (6, -1))
+    tokens = self.attention(h.flatten(2).transpose(1, 2), mod)
+    h = self.mid2(tokens.transpose(1, 2).reshape(h.shape), e)
+    for i, block in enumerate(self.up):
+        if i: h = F.interpolate(h, scale_factor=2)
+        h = block(torch.cat([h, skips.pop()], 1), e)
+    return self.head(h).to(x.dtype)
 
 # %% ../nbs/04_networks.ipynb #2b3b5447
 def _mixed(device, dtype=torch.bfloat16):

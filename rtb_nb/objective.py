@@ -56,6 +56,7 @@ class ScalarLogZ(nn.Module):
                 'start the posterior nearer to the measurement')
         return cls(log_w.mean().item())
 
+# %% ../nbs/13_objective.ipynb #2aa8aa5c
 class NetLogZ(nn.Module):
     "log Z(y) as a network of the measurement, for many of them"
     lr = 1e-2

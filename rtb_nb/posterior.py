@@ -40,6 +40,7 @@ class Step:
         "Moving x0_hat moves the step's mean by c0 times as much"
         return self.c0/self.std*delta
 
+# %% ../nbs/03a_posterior.ipynb #26b10803
 class Drift(nn.Module):
     "How far a posterior's step differs from the prior's, in standard deviations of the step"
     def forward(self, step:Step) -> Tensor:
@@ -59,20 +60,6 @@ class Posterior(Diffusion):
         self.prior, self.drifts = prior.requires_grad_(False), nn.ModuleList(drifts)
         self.likelihood, self.denoiser = likelihood, None
         self.chain, self.shape, self.last_noise = prior.chain, prior.shape, prior.last_noise
-    @property
-    def dtype(self) -> torch.dtype: return self.prior.dtype
-    @property
-    def guesser(self) -> Diffusion:
-        "Whose guess its steps start from: the prior's"
-        return self.prior
-    def describe(self) -> dict:
-        measured = {} if self.likelihood is None else self.likelihood.describe()
-        drifts = ' + '.join(map(repr, self.drifts)) or 'none'
-        return {'prior': self.prior.brief} | measured | {'drifts': drifts}
-    def measurement(self, y) -> Tensor: # (M, ...)
-        "Measurements as its likelihood takes them in; as they are without a likelihood"
-        return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
-    def measured(self, y, n): return repeat_y(self.measurement(y), n, self.device)
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
         level = {n: self.chain.at(n, k, x) for n in ('alpha', 'sigma', 'c0', 'std')}
@@ -88,6 +75,30 @@ class Posterior(Diffusion):
         s = self.chain.at('std', k, x)
         return gaussian(self.mean(x, k, x0_hat) + s*self.drift(x, k, y, x0_hat), s)
 
+# %% ../nbs/03a_posterior.ipynb #72b738c8
+@patch(as_prop=True)
+def dtype(self:Posterior) -> torch.dtype: return self.prior.dtype
+@patch(as_prop=True)
+def guesser(self:Posterior) -> Diffusion:
+    "Whose guess its steps start from: the prior's"
+    return self.prior
+@patch
+def describe(self:Posterior) -> dict:
+    measured = {} if self.likelihood is None else self.likelihood.describe()
+    drifts = ' + '.join(map(repr, self.drifts)) or 'none'
+    return {'prior': self.prior.brief} | measured | {'drifts': drifts}
+
+# %% ../nbs/03a_posterior.ipynb #983853d1
+@patch
+def measurement(self:Posterior, y) -> Tensor: # (M, ...)
+    "Measurements as its likelihood takes them in; as they are without a likelihood"
+    return y if self.likelihood is None else self.likelihood.measurement(y, self.prior)
+
+# %% ../nbs/03a_posterior.ipynb #411c9fc4
+@patch
+def measured(self:Posterior, y, n): return repeat_y(self.measurement(y), n, self.device)
+
+# %% ../nbs/03a_posterior.ipynb #cd257f31
 @patch
 def simulate(self:Posterior, y, # one measurement (1, ...), or one per path (n, ...)
     n:int, spread=1.) -> Trajectories:
@@ -95,6 +106,7 @@ def simulate(self:Posterior, y, # one measurement (1, ...), or one per path (n, 
     y = self.measured(y, n)
     return self.collect(self.walk(n, y, spread=spread), y)
 
+# %% ../nbs/03a_posterior.ipynb #291e2d06
 @patch
 def sample(self:Posterior, y, # one measurement (1, ...), or one per sample (n, ...)
     n:int) -> Tensor: # (n, ...)
@@ -116,6 +128,7 @@ def step_log_ratio(self:Posterior, tau:Trajectories, ks # the steps to score (S,
     z = (following - self.mean(x, k, x0_hat))/self.chain.at('std', k, x)
     return (u*(z - u/2)).flatten(1).sum(1).unflatten(0, (len(ks), len(tau)))
 
+# %% ../nbs/03a_posterior.ipynb #5b4da5ee
 @patch
 def log_ratio(self:Posterior, tau:Trajectories, chunk=256 # most images per drift call
     ) -> Tensor: # (B,) in nats
@@ -127,6 +140,7 @@ def log_ratio(self:Posterior, tau:Trajectories, chunk=256 # most images per drif
     ks = torch.arange(self.steps).split(max(1, chunk//len(tau)))
     return sum(self.step_log_ratio(tau, part).sum(0) for part in ks)
 
+# %% ../nbs/03a_posterior.ipynb #a7ec3bb6
 @patch
 @torch.no_grad()
 def rollout(self:Posterior, y, # one measurement (1, ...), or one per sample (n, ...)
@@ -159,6 +173,7 @@ class Given(Diffusion):
         u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
         return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
 
+# %% ../nbs/03a_posterior.ipynb #a0b14bdd
 @patch
 def given(self:Posterior, y # one measurement (1, ...)
     ) -> Given:

@@ -16,6 +16,19 @@ from .diffusion import Chain, Diffusion
 from .schedule import Tabulated, check_number, check_whole
 
 # %% ../nbs/06a_pretrained.ipynb #1f11c3c8
+def _entries(timesteps, top:int # number of the table's last entry
+    ) -> Tensor: # float64
+    "Timesteps as numbers, refused unless they fall within the table"
+    i = torch.as_tensor(timesteps).cpu().double()
+    if i.ndim != 1 or not len(i):
+        raise ValueError('timesteps must be a list of entries of the table, '
+            f'got shape {tuple(i.shape)}')
+    if not (i.diff() < 0).all() or not 0 <= i.min() <= i.max() <= top:
+        raise ValueError(f'timesteps must fall, from at most {top} to at least 0, '
+            f'got {len(i)} from {i[0]:g} to {i[-1]:g}')
+    return i
+
+# %% ../nbs/06a_pretrained.ipynb #fb3cda48
 def respaced(denoiser, # of a `Tabulated` schedule
     shape, # the event's shape
     timesteps, # entries of the table, noisiest first
@@ -27,13 +40,8 @@ def respaced(denoiser, # of a `Tabulated` schedule
         raise TypeError('respaced needs a denoiser of a Tabulated schedule, '
             f'got {type(denoiser.schedule).__name__}: use Diffusion')
     last_noise = check_number('last_noise', last_noise, '(0, 1)')
-    i, top = torch.as_tensor(timesteps).cpu().double(), len(denoiser.schedule.log_snr)-1
-    if i.ndim != 1 or not len(i):
-        raise ValueError('timesteps must be a list of entries of the table, '
-            f'got shape {tuple(i.shape)}')
-    if not (i.diff() < 0).all() or not 0 <= i.min() <= i.max() <= top:
-        raise ValueError(f'timesteps must fall, from at most {top} to at least 0, '
-            f'got {len(i)} from {i[0]:g} to {i[-1]:g}')
+    top = len(denoiser.schedule.log_snr)-1
+    i = _entries(timesteps, top)
     alpha, sigma = denoiser.schedule(i/top)
     check_start(denoiser, alpha[0])
     visible = sigma > 1.1*last_noise*alpha
@@ -139,6 +147,7 @@ def _folder(source) -> Path:
         raise ConnectionError(f'no folder {name} here, and it cannot be fetched from the hub: '
             'check name and network, or pass a local folder') from e
 
+# %% ../nbs/06a_pretrained.ipynb #a84fb5f5
 def _parts(source, # a local folder, or a name on the hub
     scheduler=None # the folder's own if None
     ) -> tuple: # network, scheduler
@@ -175,6 +184,7 @@ def _check_unet(unet, scheduler):
         raise TypeError('from_diffusers needs the scheduler of the network, '
             f'such as DDPMScheduler(), got {scheduler!r}')
 
+# %% ../nbs/06a_pretrained.ipynb #52400e34
 def _image_shape(unet, shape) -> tuple: # (C, H, W)
     "The shape of the prior's images"
     size = unet.config.sample_size
@@ -188,7 +198,17 @@ def _image_shape(unet, shape) -> tuple: # (C, H, W)
             f'multiples of {side}, got shape {shape}')
     return shape
 
-# %% ../nbs/06a_pretrained.ipynb #52400e34
+# %% ../nbs/06a_pretrained.ipynb #9989ce57
+def _believed(denoiser, variance_type:str): # t -> E|x0-x0_hat|^2 per pixel
+    "The error whose step variance is the scheduler's"
+    errors = dict(fixed_small=torch.zeros_like, fixed_large=denoiser.white_error)
+    kind = variance_type.removesuffix('_log')
+    if kind not in errors:
+        raise ValueError(f'variance_type {variance_type!r} is no fixed one: '
+            "pass variance_type='fixed_small' or 'fixed_large'")
+    return errors[kind]
+
+# %% ../nbs/06a_pretrained.ipynb #c444a060
 @torch.inference_mode(False)
 def from_diffusers(unet, # a UNet2DModel, a pipeline of one, its folder, or a name on the hub
     scheduler=None, # the network's; the pipeline's or folder's own if None
@@ -210,12 +230,8 @@ def from_diffusers(unet, # a UNet2DModel, a pipeline of one, its folder, or a na
     scheduler.set_timesteps(steps)
     shape = _image_shape(unet, shape)
     denoiser = pretrained_denoiser(unet, scheduler)
-    errors = dict(fixed_small=torch.zeros_like, fixed_large=denoiser.white_error)
-    kind = scheduler.config.variance_type.removesuffix('_log')
-    if kind not in errors:
-        raise ValueError(f'variance_type {scheduler.config.variance_type!r} is no fixed one: '
-            "pass variance_type='fixed_small' or 'fixed_large'")
-    prior = respaced(denoiser, shape, scheduler.timesteps, last_noise, errors[kind]).to(device)
+    error = _believed(denoiser, scheduler.config.variance_type)
+    prior = respaced(denoiser, shape, scheduler.timesteps, last_noise, error).to(device)
     kept = 'prediction_type', 'variance_type', 'timestep_spacing', 'clip_sample'
     prior.card = card | dict(scheduler={k: scheduler.config[k] for k in kept},
         parameters=sum(p.numel() for p in unet.parameters()))

@@ -40,6 +40,17 @@ def held_out_loss(denoiser, x0, draws=4, seed=2503) -> float:
         losses = [denoising_loss(denoiser, x) for _ in range(draws) for x in x0.split(256)]
         return torch.cat(losses).double().mean().item()
 
+# %% ../nbs/06_priors.ipynb #308cedee
+def _train_step(denoiser, x0:Tensor, # a batch of clean images
+    opt, dtype=torch.float32) -> float:
+    "One gradient step; returns the loss before it"
+    with _mixed(x0.device, dtype): loss = denoising_loss(denoiser, x0).mean()
+    opt.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
+    opt.step()
+    return loss.item()
+
 # %% ../nbs/06_priors.ipynb #ed6e95cc
 def learning_rate(step, steps, peak, warmup=200):
     "Linear warm-up, then half a cosine down to zero"
@@ -54,6 +65,7 @@ def _belongs(denoiser, data, held_out, settings:dict) -> dict:
     return fingerprint(data=data, held_out=held_out, network=(type(denoiser), blank),
         schedule=denoiser.schedule, settings=settings)
 
+# %% ../nbs/06_priors.ipynb #c78c235d
 def _save_run(path, parts:dict, progress:dict):
     "Write a checkpoint: all parts' tensors, the random state, how far training has come"
     state = {'rng': torch.get_rng_state()}
@@ -71,7 +83,15 @@ def _load_run(path, parts:dict, belongs:dict) -> dict: # progress
         torch.cuda.set_rng_state(tensors['rng_cuda'])
     return progress
 
-# %% ../nbs/06_priors.ipynb #c78c235d
+def _resumed(path, parts:dict, belongs:dict, steps, log) -> dict: # progress
+    "How far the run at `path` has come; a new one where there is none"
+    run = dict(step=0, history=[], recent=[], belongs=belongs)
+    if path.exists(): run = _load_run(path, parts, belongs)
+    if run['step'] >= steps:
+        log(f"step {run['step']}: {path} is finished, nothing is left to train")
+    return run
+
+# %% ../nbs/06_priors.ipynb #271d0966
 def _check_data(data, held_out):
     "Refuse images that nothing can be learned from"
     if len(data) < 1 or len(held_out) < 1:
@@ -87,7 +107,30 @@ def _check_data(data, held_out):
         raise ValueError(f'images to train on have shape {tuple(data.shape[1:])}, '
             f'those held out {tuple(held_out.shape[1:])}')
 
-# %% ../nbs/06_priors.ipynb #271d0966
+def _check_network(denoiser, dtype):
+    "Refuse a denoiser that cannot be trained"
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, got {dtype}')
+    if not hasattr(denoiser, 'target'):
+        raise TypeError(f'{type(denoiser).__name__} has nothing to train: '
+            'use a VDenoiser, EpsDenoiser or X0Denoiser of a network')
+    if any(p.is_inference() for p in denoiser.parameters()):
+        raise RuntimeError('this network was made in torch.inference_mode() and cannot be '
+            'trained: make it outside')
+
+# %% ../nbs/06_priors.ipynb #ed45c1ee
+def _report(run:dict, held_out:float, lr, path, log):
+    "Add a line to the history and print it; stop where the loss is not finite"
+    step, loss = run['step'], sum(run['recent'])/len(run['recent'])
+    run['history'].append((step, loss, held_out))
+    run['recent'] = []
+    log(f'step {step}: loss {loss:.4f}, held out {held_out:.4f}')
+    if math.isfinite(loss): return
+    kept = f'; the checkpoint {path} is the last finite one' if path else ''
+    raise FloatingPointError(
+        f'training diverged before step {step}: lower lr (now {lr}){kept}')
+
+# %% ../nbs/06_priors.ipynb #1f09cfa5
 def train_prior(denoiser, # a denoiser with a `net`: trained in place; the average comes back
     data:Tensor, # clean images (N, ...)
     held_out:Tensor, # clean images that are never trained on
@@ -102,14 +145,7 @@ def train_prior(denoiser, # a denoiser with a `net`: trained in place; the avera
     steps, batch, every = (check_whole(n, v) for n, v in
         (('steps', steps), ('batch', batch), ('every', every)))
     lr, decay = check_number('lr', lr), check_number('decay', decay, '[0, 1)')
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, got {dtype}')
-    if not hasattr(denoiser, 'target'):
-        raise TypeError(f'{type(denoiser).__name__} has nothing to train: '
-            'use a VDenoiser, EpsDenoiser or X0Denoiser of a network')
-    if any(p.is_inference() for p in denoiser.parameters()):
-        raise RuntimeError('this network was made in torch.inference_mode() and cannot be '
-            'trained: make it outside')
+    _check_network(denoiser, dtype)
     torch.manual_seed(seed)
     device = next(denoiser.parameters()).device
     opt = torch.optim.AdamW(denoiser.parameters(), lr=lr, weight_decay=.01)
@@ -118,42 +154,22 @@ def train_prior(denoiser, # a denoiser with a `net`: trained in place; the avera
     run = dict(step=0, history=[], recent=[])
     if path:
         path = Path(path).expanduser()
-        settings = dict(
-            batch=batch, lr=lr, decay=decay, augment=augment, dtype=dtype, seed=seed)
-        run['belongs'] = _belongs(denoiser, data, held_out, settings)
-        if path.exists(): run = _load_run(path, parts, run['belongs'])
-        if run['step'] >= steps:
-            log(f"step {run['step']}: {path} is finished, nothing is left to train")
+        settings = dict(batch=batch, lr=lr, decay=decay, augment=augment, dtype=dtype,
+            seed=seed)
+        run = _resumed(path, parts, _belongs(denoiser, data, held_out, settings), steps, log)
     with gradients('train_prior'):
         while run['step'] < steps:
             for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr)
             x = data[torch.randint(len(data), (batch,))].to(device)
-            if augment: x = augment(x)
-            with _mixed(device, dtype): loss = denoising_loss(denoiser, x).mean()
-            opt.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
-            opt.step()
+            x = augment(x) if augment else x
+            run['recent'].append(_train_step(denoiser, x, opt, dtype))
             average.update_parameters(denoiser)
-            run['recent'].append(loss.item())
             run['step'] += 1
             if run['step'] % every and run['step'] != steps: continue
             _report(run, held_out_loss(average.module, held_out.to(device)), lr, path, log)
             if path: _save_run(path, parts, run)
     learned = average.module.eval().requires_grad_(False).calibrate(held_out.to(device))
     return learned, [tuple(h) for h in run['history']]
-
-# %% ../nbs/06_priors.ipynb #ed45c1ee
-def _report(run:dict, held_out:float, lr, path, log):
-    "Add a line to the history and print it; stop where the loss is not finite"
-    step, loss = run['step'], sum(run['recent'])/len(run['recent'])
-    run['history'].append((step, loss, held_out))
-    run['recent'] = []
-    log(f'step {step}: loss {loss:.4f}, held out {held_out:.4f}')
-    if math.isfinite(loss): return
-    kept = f'; the checkpoint {path} is the last finite one' if path else ''
-    raise FloatingPointError(
-        f'training diverged before step {step}: lower lr (now {lr}){kept}')
 
 # %% ../nbs/06_priors.ipynb #69a3865c
 _nets = {kind.__name__: kind for kind in (PatchTransformer, UNet, VectorNet)}
@@ -188,6 +204,7 @@ def _schedule_of(card:dict, tensors:dict):
     schedule.log_snr = tensors['schedule.log_snr']
     return schedule
 
+# %% ../nbs/06_priors.ipynb #b4082aba
 def _denoiser_of(tensors:dict, card:dict) -> Denoiser:
     "The denoiser of a file"
     args = {k: v for k, v in card['net'].items() if k != 'name'}
@@ -201,16 +218,9 @@ def _denoiser_of(tensors:dict, card:dict) -> Denoiser:
     if len(card['shape']) == 3: denoiser.to(memory_format=torch.channels_last)
     return denoiser.eval().requires_grad_(False)
 
-# %% ../nbs/06_priors.ipynb #caa5b979
-@torch.no_grad()
-def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the card's is .json
-    shape, # the event's shape
-    net:dict, # name and arguments of the network's class in `networks`
-    card:dict, # data, steps, losses, date, licence, credits: whatever the reader should know
-    held_out:Tensor # to measure the error of the rounded weights
-    ) -> dict: # the whole card
-    "Write a denoiser with its card; weights in half precision"
-    path, shape = Path(path).expanduser(), tuple(shape)
+# %% ../nbs/06_priors.ipynb #71e7a324
+def _check_prior(denoiser, path:Path, shape:tuple, held_out):
+    "Refuse what a prior's file cannot hold"
     if path.suffix != '.safetensors':
         raise ValueError(f'the name of a prior must end in .safetensors, got {path.name}')
     _known('denoiser', type(denoiser).__name__, _kinds)
@@ -220,6 +230,30 @@ def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the 
             f'got {tuple(held_out.shape[1:])}')
     if not all(torch.isfinite(p).all() for p in denoiser.parameters()):
         raise ValueError('the weights hold non-finite values: this prior has diverged')
+
+# %% ../nbs/06_priors.ipynb #2f434358
+def _check_file(path, denoiser, x0):
+    "Refuse a file that does not give back the denoiser that was written"
+    wrong = 'the card describes another network than the one to be written: '
+    try: again = _denoiser_of(*load_tensors(path)).to(x0.device)
+    except (TypeError, ValueError) as e: raise ValueError(f'{wrong}{e}') from e
+    denoiser.eval()
+    t = torch.tensor(.5, device=x0.device)
+    a, b = denoiser(x0, t), again(x0, t)
+    if not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
+        raise ValueError(f'{wrong}guesses differ')
+
+# %% ../nbs/06_priors.ipynb #77b53b19
+@torch.no_grad()
+def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the card's is .json
+    shape, # the event's shape
+    net:dict, # name and arguments of the network's class in `networks`
+    card:dict, # data, steps, losses, date, licence, credits: whatever the reader should know
+    held_out:Tensor # to measure the error of the rounded weights
+    ) -> dict: # the whole card
+    "Write a denoiser with its card; weights in half precision"
+    path, shape = Path(path).expanduser(), tuple(shape)
+    _check_prior(denoiser, path, shape, held_out)
     card = dict(card, net=net, kind=type(denoiser).__name__,
         schedule=_schedule_card(denoiser.schedule), shape=list(shape),
         parameters=sum(p.numel() for p in denoiser.parameters()))
@@ -239,18 +273,6 @@ def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the 
     finally: trial.unlink(missing_ok=True)
     path.with_suffix('.json').write_text(json.dumps(card, indent=1)+'\n')
     return card
-
-# %% ../nbs/06_priors.ipynb #2f434358
-def _check_file(path, denoiser, x0):
-    "Refuse a file that does not give back the denoiser that was written"
-    wrong = 'the card describes another network than the one to be written: '
-    try: again = _denoiser_of(*load_tensors(path)).to(x0.device)
-    except (TypeError, ValueError) as e: raise ValueError(f'{wrong}{e}') from e
-    denoiser.eval()
-    t = torch.tensor(.5, device=x0.device)
-    a, b = denoiser(x0, t), again(x0, t)
-    if not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
-        raise ValueError(f'{wrong}guesses differ')
 
 # %% ../nbs/06_priors.ipynb #0c8606aa
 def shipped_priors() -> list:

@@ -70,7 +70,7 @@ class Level(NamedTuple):
 CLEAN = Level(0., 1., 0.)
 
 # %% ../nbs/11_samplers.ipynb #589999a0
-def levels_at(prior:Diffusion, t) -> list: # of `Level`
+def levels_at(prior:Diffusion, t) -> list: # of levels
     "The prior's noise levels at these times"
     t = torch.as_tensor(t, dtype=torch.float64)
     alpha, sigma = prior.denoiser.schedule(t)

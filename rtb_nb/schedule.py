@@ -25,6 +25,7 @@ def check_whole(name:str, # of the argument, for the message
         else f'a whole number from {least} to {most}')
     raise ValueError(f'{name} must be {kind}, got {value!r}' + (f': {hint}' if hint else ''))
 
+# %% ../nbs/01_schedule.ipynb #dce9cafc
 def check_number(name:str, # of the argument, for the message
     value, # a real number of any type
     interval='(0, inf)', # where it must lie, in the usual notation

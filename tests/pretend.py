@@ -101,7 +101,7 @@ def pretend_device():
 
 SKIPPED = '#| eval: false', '#| default_exp', '#| slow', '#| gpu'
 
-def run_notebook(path, **parameters):
+def run_notebook(path, /, **parameters):
     "Run the cells of a notebook on the pretend device, as papermill would; its names"
     names = dict(__name__='__main__', display=lambda *shown, **options: None)
     with pretend_device():

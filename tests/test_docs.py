@@ -67,7 +67,8 @@ def listed(*starts):
 def test_sidebar_lists_every_notebook_once(docs):
     links = [href for entries in sidebar().values() for href in entries]
     assert Counter(links) == Counter(name(p) for p in notebooks())
-    bar = re.search(r'<nav id="quarto-sidebar".*?</nav>', page(docs, NBS/'index.ipynb'), re.S)[0]
+    first = page(docs, NBS/'index.ipynb')
+    bar = re.search(r'<nav id="quarto-sidebar".*?</nav>', first, re.S)[0]
     assert re.findall(r'href="(?:\./)?([^"#]+)\.html"', bar) == links
 
 def test_tutorials_come_first_and_chapters_in_their_order():

@@ -23,18 +23,29 @@ def digits(folder, n=610):
              train_labels=labels[:64], test_labels=labels)
     return folder/'mnist.npz'
 
+def lens_image(folder):
+    "A ring on a bright sky, as a FITS file"
+    from astropy.io import fits
+    r = np.hypot(*(np.indices((64, 64)) - 31.5))
+    noise = np.random.default_rng(0).normal(size=(64, 64))
+    fits.PrimaryHDU(100 + 50*np.exp(-((r-16)/4)**2/2) + noise).writeto(folder/'lens.fits')
+    return folder/'lens.fits'
+
 # The smallest runs of each experiment; one that is not named has one, budget='smoke'.
 # A function makes the value from a folder.
 SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
                            dict(dataset='mnist', data=lambda folder: digits(folder, 64))],
-            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)]}
+            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
+            'tutorials/2_undo_a_lens': [dict(
+                path=lens_image, iterations=1, own_iterations=1, n_samples=3,
+                save_to=lambda folder: folder/'source.fits')]}
 RUNS = [(p, values) for p in experiments() for values in SMALLEST.get(name(p), [{}])]
 
 def parameters(notebook, values, out):
     "The values above, which the notebook must declare, and a folder of its own for its results"
     declared = set(papermill.inspect_notebook(notebook))
     values = {k: str(v(out)) if callable(v) else v for k, v in values.items()}
-    values = dict(budget='smoke') | values
+    if 'budget' in declared: values = dict(budget='smoke') | values
     unknown = set(values) - declared
     assert not unknown, (f'{notebook.name} has no parameter {sorted(unknown)}: its parameters '
                          f'cell declares {sorted(declared)}, one `name = value` per line')

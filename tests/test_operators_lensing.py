@@ -5,7 +5,8 @@ import pytest
 import scipy.sparse
 import torch
 from rtb_nb.data import load_source
-from rtb_nb.lensing import Lens, critical_curves, magnification, simulate_caustics
+from rtb_nb.lensing import (Lens, critical_curves, even_noise, load_observation,
+                            magnification, show_sky, simulate_caustics)
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Identity, Mask, Matrix, SparseMatrix, adjoint_error
 
@@ -14,6 +15,23 @@ f64 = torch.float64
 
 @pytest.fixture(scope='module')
 def lens(): return Lens()
+
+
+def saved(folder, image):
+    np.save(folder/'image.npy', image)
+    return folder/'image.npy'
+
+
+def ring(n=48, noise=2., sky=100., bright=50., seed=0):
+    "A ring of light on a noisy sky"
+    r = np.hypot(*(np.indices((n, n)) - (n-1)/2))
+    image = bright*np.exp(-((r - n/4)/(n/16))**2/2)
+    return sky + image + noise*np.random.default_rng(seed).normal(size=(n, n))
+
+
+def observe(folder, image=None, pixel_scale=.1, **kw):
+    path = saved(folder, ring() if image is None else image)
+    return load_observation(path, pixel_scale, **kw)
 
 
 one = Matrix([[1., 1.]])
@@ -60,6 +78,25 @@ bad_input = {
                      'no ray meets the source: rays are 9.375 arcsec'),
     'curve grid': (lambda d: critical_curves(Lens(size=8), 1),
                    'n must be a whole number of at'),
+    'image size': (lambda d: Lens(image_size=4),
+                   'image_size must be a whole number of at least 8, got 4'),
+    'pixel scale': (lambda d: observe(d, pixel_scale=0),
+                    'pixel_scale must be a positive number'),
+    'more pixels': (lambda d: observe(d, size=64), 'size 64 is more than the 48 pixels'),
+    'map shape': (lambda d: observe(d, noise=np.ones((4, 4))),
+                  'the noise map has shape (4, 4)'),
+    'no noise': (lambda d: observe(d, noise=0.), 'noise must be positive'),
+    'nan noise': (lambda d: observe(d, noise=np.full((48, 48), np.nan)), '2304 are neither'),
+    'nan pixel': (lambda d: observe(d, np.where(np.eye(48), np.nan, 1.)),
+                  '48 pixels are not finite: repair them, or give noise inf there'),
+    'nothing there': (lambda d: observe(d, ring(bright=0.)), 'five noises'),
+    'peak': (lambda d: observe(d, peak=2.), 'peak must lie in (0, 1], got 2.0'),
+    'unit': (lambda d: observe(d, unit=-1.), 'unit must be a positive number'),
+    'plane': (lambda d: show_sky(Lens(size=8), torch.zeros(1, 1, 8, 8), planes='sky'),
+              "a plane is 'source' or 'image', got 'sky'"),
+    'even noise': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
+                                        torch.ones(8, 8)),
+                   'noise_map must be positive and of shape (1, 1, 8, 8)'),
     'lens shape': (lambda d: Lens(size=8)(torch.zeros(2, 1, 9, 9)),
                    'x has shape (2, 1, 9, 9), expected (B, 1, 8, 8)'),
 }
@@ -72,7 +109,8 @@ def test_bad_input(name, tmp_path):
     assert message in str(e.value) and '\n' not in str(e.value)
 
 
-lenses = [{}, dict(psf=0., upsample=1), dict(size=15, upsample=3, q=1., phi=0.),
+lenses = [{}, dict(image_size=20), dict(size=12, image_size=31, upsample=2),
+          dict(psf=0., upsample=1), dict(size=15, upsample=3, q=1., phi=0.),
           dict(size=64, fov=8., psf=.2)]
 
 
@@ -159,3 +197,50 @@ def test_numbers_of_any_type_make_one_lens(lens):
 def test_curves_in_inference_mode(lens):
     with torch.inference_mode(): curves = critical_curves(lens, 50)
     assert torch.equal(curves[0][1], critical_curves(lens, 50)[0][1])
+
+
+def test_an_observation_in_any_unit_is_the_same(tmp_path):
+    image = ring()
+    plain, noise = observe(tmp_path, image), 2.
+    other = observe(tmp_path, 7*image + 300)
+    assert torch.allclose(plain.y, other.y, atol=1e-5) and np.isclose(other.unit, 7*plain.unit)
+    assert plain.fov == 48*.1 and abs(plain.sky - 100) < 1 and plain.y.shape == (1, 1, 48, 48)
+    assert abs(plain.noise_std*plain.unit - noise) < .2*noise # it was measured
+    assert observe(tmp_path, image, noise=3.).noise_std == 3/plain.unit
+    assert .7 < plain.y.max() < .95
+
+
+def test_blocks_are_averaged_and_so_is_their_noise(tmp_path):
+    image = ring()
+    small = observe(tmp_path, image, size=20, noise=3., sky=100., unit=10.) # 40 of 48 pixels
+    wanted = (image[4:44, 4:44].reshape(20, 2, 20, 2).mean((1, 3)) - 100)/10
+    assert np.allclose(small.y[0, 0], wanted, atol=1e-5)
+    assert small.noise_std == 3/2/10 and small.fov == 40*.1
+    wide = np.pad(image, ((0, 0), (5, 9)), constant_values=np.nan)
+    assert torch.equal(observe(tmp_path, wide[:, 5:-9], sky=100., unit=10.).y,
+                       observe(tmp_path, image, sky=100., unit=10.).y)
+
+
+def test_a_noise_map_and_what_it_leaves_out(tmp_path):
+    image, noise = ring(), np.full((48, 48), 2.)
+    image[20:24, 20:24], noise[20:24, 20:24] = np.nan, np.inf # a saturated star
+    noise[:, :12] = 4.
+    seen = observe(tmp_path, image, size=24, noise=noise, sky=100., unit=10.)
+    std = seen.noise_std
+    assert std.shape == seen.y.shape and torch.isinf(std).sum() == 4
+    assert std[0, 0, 0, 0] == pytest.approx(.2) and std[0, 0, 0, 20] == pytest.approx(.1)
+    lens = Lens(16, fov=seen.fov, image_size=24)
+    operator, y, level = even_noise(lens, seen.y, std)
+    x = torch.rand(1, 1, 16, 16)*2 - 1
+    weight = (level/std).to(x)
+    assert level == pytest.approx(.1) and y.isfinite().all()
+    assert torch.allclose(operator(x), lens(x)*weight, atol=1e-6)
+    assert not operator(x)[0, 0, 10:12, 10:12].any() and adjoint_error(operator) < 1e-12
+
+
+def test_arcseconds_on_the_axes():
+    lens = Lens(size=8)
+    axes = show_sky(lens, [torch.zeros(8, 8)]*3, planes=['source', 'image', 'image'],
+                    curves=[True, True, False])
+    assert [ax.get_xlim()[1] for ax in axes.flat] == [1.25, 3., 3.]
+    assert [len(ax.lines) for ax in axes.flat] == [1, 1, 0]
