@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joint_paths', 'paired_log_weights', 'gap', 'Bank', 'save_bank', 'load_bank', 'Pairs', 'pair_log_ratio', 'Family',
-           'another', 'Joint']
+           'another', 'MaximumLikelihood', 'Joint', 'Fresh']
 
 # %% ../nbs/14a_amortise.ipynb #7a21141c
 import math
@@ -19,6 +19,7 @@ from .diffusion import Diffusion, Trajectories
 from .likelihood import InverseProblem, Likelihood
 from .posterior import Posterior
 from .schedule import check_whole
+from .train import Trainer
 
 # %% ../nbs/14a_amortise.ipynb #f59124c0
 @torch.no_grad()
@@ -152,6 +153,36 @@ def another(likelihood:Likelihood) -> Likelihood:
     if isinstance(likelihood, Family): likelihood.draw()
     return likelihood
 
+# %% ../nbs/14a_amortise.ipynb #491c611d
+class MaximumLikelihood(Trainer):
+    "Fit drifts to a bank's joint paths: `fit(None, iterations)`; the prior is never called"
+    def __init__(self, posterior:Posterior, bank:Bank,
+        pairs=64, # random steps of random paths per batch
+        **options # of `Trainer`
+        ):
+        if bank.prior.guesser is not posterior.guesser:
+            raise ValueError('this bank holds paths of another prior than the posterior\'s: '
+                'make it with Bank.of(posterior.prior, n)')
+        super().__init__(posterior, bank, **options)
+        self.pairs = check_whole('pairs', pairs)
+    def iterate(self, y=None):
+        "One batch of pairs and its update"
+        pairs = self.behaviour.pairs(another(self.posterior.likelihood), self.pairs)
+        self.opt.zero_grad()
+        log_ratio = self.posterior.steps*pair_log_ratio(self.posterior, pairs)
+        (-log_ratio.mean()).backward()
+        self.is_healthy = math.isfinite(self.clip_gradient())
+        if self.is_healthy: self.move()
+        else: self.roll_back('not finite', math.nan)
+        self.step += 1
+        self.history.append(dict(step=self.step, log_ratio=log_ratio.mean().item(), beta=1.))
+    def checkpoint(self, iterations, log):
+        "Remember a healthy state, save, and say how it goes"
+        if self.guard and self.is_healthy: self.last_good = self.snapshot()
+        if self.path: self.save(self.path)
+        log(f'iteration {self.step}/{iterations}: log q/p on joint paths '
+            f'{self.history[-1]["log_ratio"]:.1f} nats, skipped {self.skipped}')
+
 # %% ../nbs/14a_amortise.ipynb #32e96a9c
 class Joint(Behaviour):
     "Own paths of fresh measurements, and beside them the joint path that each was made from"
@@ -170,3 +201,23 @@ class Joint(Behaviour):
         joint = self.bank.measured_paths(likelihood, self.measurements)
         y = joint.y.repeat_interleave(self.n, 0)
         return Trajectories.cat([self.posterior.simulate(y, len(y)), joint])
+
+# %% ../nbs/14a_amortise.ipynb #98a50c52
+class Fresh(torch.nn.Module):
+    "A behaviour on fresh measurements of given images, for every batch"
+    def __init__(self, behaviour, # y -> Trajectories, of a posterior
+        images:Tensor, # (N, ...)
+        measurements=8 # per batch, of images drawn with replacement
+        ):
+        super().__init__()
+        self.behaviour = behaviour
+        self.measurements = check_whole('measurements', measurements)
+        shape = tuple(behaviour.posterior.shape)
+        if not len(images) or tuple(images.shape[1:]) != shape:
+            raise ValueError(f'images must be (N, {", ".join(map(str, shape))}), one at least, '
+                f'got {tuple(images.shape)}')
+        self.__dict__['images'] = images
+    def forward(self, y=None) -> Trajectories: # y is not read
+        i = torch.randint(len(self.images), (self.measurements,))
+        likelihood = another(self.behaviour.posterior.likelihood)
+        return self.behaviour(likelihood(self.images[i]).sample())
