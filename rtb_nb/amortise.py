@@ -36,7 +36,8 @@ def paired_log_weights(posterior:Posterior,
     chunk=256 # most paths drawn at once
     ) -> tuple: # log-weights of the joint paths (M,), and of own ones (M, n)
     "The log-weight of each joint path, and those of own paths of the same measurement"
-    n, chunk = check_whole('n', n, hint='own paths of each measurement'), check_whole('chunk', chunk)
+    n = check_whole('n', n, hint='own paths of each measurement')
+    chunk = check_whole('chunk', chunk)
     if tau.y is None: raise ValueError('these paths carry no measurement: use joint_paths')
     M = len(tau)
     joint = [posterior.log_weight(tau[i:i+chunk]) for i in range(0, M, chunk)]
@@ -132,7 +133,8 @@ class Family(Likelihood):
         torch.nn.Module.__init__(self)
         if not callable(members):
             members = torch.nn.ModuleList(members)
-            if not len(members): raise ValueError('a family needs at least one member, got none')
+            if not len(members):
+                raise ValueError('a family needs at least one member, got none')
         self.members = members
         self.draw()
     def draw(self) -> Likelihood:

@@ -60,7 +60,8 @@ class PathTrainer(Trainer):
         super().__init__(posterior, behaviour, objective, **options)
         if self.updates != 1 or self.fraction != 1 or callable(self.beta):
             raise ValueError('the path form takes one update per batch, all steps and a fixed '
-                f'beta; got updates {self.updates}, fraction {self.fraction:g}, beta {self.beta}')
+                f'beta; got updates {self.updates}, fraction {self.fraction:g} and '
+                f'beta {self.beta}')
     def update(self, tau:Trajectories, log_r:Tensor) -> Tensor: # log-weights before it (B,)
         "One gradient step, if it may be taken"
         self.opt.zero_grad()

@@ -177,7 +177,7 @@ class CLA(Guidance):
 
 # %% ../nbs/10_guidance.ipynb #6fd78061
 def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph is being kept
-    "The tensor itself where a graph of it is being kept, as the path form does; else a new leaf"
+    "The tensor itself where its graph is being kept, as the path form does; else a new leaf"
     inner = x.requires_grad and torch.is_grad_enabled()
     return (x, True) if inner else (x.detach().requires_grad_(), False)
 

@@ -36,7 +36,8 @@ def test_bank_on_disk_knows_its_prior(problem, tmp_path):
     bank = Bank.of(problem.prior, 20, chunk=8)
     save_bank(bank, tmp_path/'bank.safetensors')
     again = load_bank(tmp_path/'bank.safetensors', problem.prior)
-    assert torch.equal(again.tau.x, bank.tau.x) and torch.equal(again.tau.x0_hat, bank.tau.x0_hat)
+    assert torch.equal(again.tau.x, bank.tau.x)
+    assert torch.equal(again.tau.x0_hat, bank.tau.x0_hat)
     assert len(again) == 20 and bank.nbytes == 20*(7 + 6)*2*4
     with pytest.raises(ValueError, match='chain'):
         load_bank(tmp_path/'bank.safetensors', plane(steps=6, last_noise=.1).prior)

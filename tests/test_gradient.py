@@ -71,7 +71,8 @@ def test_batch_in_parts_and_a_tempered_likelihood(posterior):
     parts, other = path_form(posterior, tau, beta=.3, chunk=7), gradient(posterior)
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(whole, posterior.log_weight(tau, .3).detach(), atol=1e-4, rtol=1e-5)
+    scored = posterior.log_weight(tau, .3).detach()
+    torch.testing.assert_close(whole, scored, atol=1e-4, rtol=1e-5)
 
 @pytest.mark.parametrize('posterior', ['plain'], indirect=True)
 def test_inference_mode_is_refused(posterior):
