@@ -75,8 +75,8 @@ class OnPolicy(Behaviour):
     "Paths of the posterior as it is now, whose ends a `buffer` remembers if there is one"
     def __init__(self, posterior:Posterior,
         n:int, # paths per measurement
-        buffer=None, # a `Buffer`
-        noise=None # exploration, in standard deviations of the step: a number, or an `Anneal`
+        buffer=None, # a Buffer
+        noise=None # exploration, in standard deviations of the step: a number, or an Anneal
         ):
         super().__init__(posterior, n)
         if not callable(noise): noise = check_number('noise', noise or 0., '[0, inf)')
@@ -99,7 +99,7 @@ class Noised(Behaviour):
     "Paths that end in given points, the last `d` steps walked again by the posterior"
     times = 1
     def __init__(self, posterior:Posterior,
-        ends, # function y (B, ...) -> points (B, ...), or a `Buffer`
+        ends, # function y (B, ...) -> points (B, ...), or a Buffer
         n:int, # paths per measurement
         d=0):
         super().__init__(posterior, n)
@@ -118,7 +118,7 @@ class Noised(Behaviour):
 class Backtrack(Noised):
     "Paths to given points, taken back `d` steps and walked anew, in pairs or one by one"
     def __init__(self, posterior:Posterior,
-        ends, # function y (B, ...) -> points (B, ...), or a `Buffer`
+        ends, # function y (B, ...) -> points (B, ...), or a Buffer
         n:int, # paths per measurement
         d:int, # the last steps, walked again: 1 to K
         pairs=False # two paths from each state that is gone back to
@@ -147,7 +147,7 @@ class Mixture(nn.Module):
 
 # %% ../nbs/12_behaviours.ipynb #5c49e85a
 def shares(n:int, # paths to share out
-    *parts) -> list: # one whole number per part, of sum `n`
+    *parts) -> list: # one whole number per part, of sum n
     "Split `n` in proportion to `parts`, by largest remainders"
     n = check_whole('n', n, hint='there must be paths to share out')
     if not parts or min(parts) < 0 or not 0 < sum(parts) < math.inf:

@@ -161,9 +161,12 @@ class Diffusion(Described, nn.Module):
         "Where every path begins: pure noise"
         zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return gaussian(zeros, self.chain.sigma[0].item())
+    def guess(self, x, k) -> Tensor:
+        "The guess of the clean image at step `k`, differentiable in `x`"
+        return self.denoiser(x, self.chain.t[k].to(x.dtype))
     def denoise(self, x, k) -> Tensor:
         "The guess of the clean image at step `k`, without gradients"
-        with torch.no_grad(): return self.denoiser(x, self.chain.t[k].to(x.dtype))
+        with torch.no_grad(): return self.guess(x, k)
     def mean(self, x, k, x0_hat) -> Tensor:
         "Mean of x[k+1], if the clean image is `x0_hat`"
         return self.chain.at('c0', k, x)*x0_hat + self.chain.at('c1', k, x)*x

@@ -18,7 +18,7 @@ from .schedule import check_number, check_whole
 # %% ../nbs/04a_drifts.ipynb #6e50a8e9
 class NetDrift(Drift):
     "A drift from a network that sees x, x0_hat and features of the step, side by side"
-    def __init__(self, net, # called as net(seen, t), `seen` stacked along the channels
+    def __init__(self, net, # called as net(seen, t), seen stacked along the channels
         *features # Step -> (B, channels, ...) with the image's size
         ):
         super().__init__()
@@ -32,7 +32,7 @@ class NetDrift(Drift):
 # %% ../nbs/04a_drifts.ipynb #4aabc022
 class FineTuned(Drift):
     "The drift of a trainable copy of the prior's denoiser: its guess in place of the prior's"
-    lr = 1e-4 # for the trainer's own optimiser; so is `LoRA`'s
+    lr = 1e-4 # for the trainer's own optimiser; so is LoRA's
     @torch.inference_mode(False)
     def __init__(self, denoiser:nn.Module # the prior's, which stays as it is
         ):
@@ -56,7 +56,7 @@ class LoRA(Drift):
     @torch.inference_mode(False)
     def __init__(self, denoiser:nn.Module, # the prior's, used in place
         rank=8, # a layer gets less where it is smaller
-        alpha=None, # `rank` if None
+        alpha=None, # rank if None
         layers=attention_or_convolution # (name, layer) -> whether to adapt a Linear or Conv2d
         ):
         super().__init__()

@@ -176,13 +176,18 @@ class CLA(Guidance):
     def forward(self, step): return step.std*self.score(step)
 
 # %% ../nbs/10_guidance.ipynb #6fd78061
+def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph is being kept
+    "The tensor itself where its graph is being kept, as the path form does; else a new leaf"
+    inner = x.requires_grad and torch.is_grad_enabled()
+    return (x, True) if inner else (x.detach().requires_grad_(), False)
+
 def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
     value, # x0_hat (B, ...) -> a scalar, summed over the batch
     what:str) -> Tensor: # (B, ...); `what` needs it, for the message
     "Gradient in x_t of a function of the guess, through the denoiser"
     with gradients(what):
-        x = step.x.detach().requires_grad_()
-        return torch.autograd.grad(value(denoiser(x, step.t)), x)[0]
+        x, inner = _leaf(step.x)
+        return torch.autograd.grad(value(denoiser(x, step.t)), x, create_graph=inner)[0]
 
 # %% ../nbs/10_guidance.ipynb #3fb9ef7c
 class PiGDM(Guidance):
@@ -219,8 +224,8 @@ def log_gradient(log_r, # x0 (B, ...) -> (B,)
     x0:Tensor) -> Tensor: # (B, ...), zero where it is not a number
     "Gradient of a log-density, each sample's by itself"
     with gradients('the gradient of the likelihood'):
-        x0 = x0.detach().requires_grad_()
-        return torch.autograd.grad(log_r(x0).sum(), x0)[0].nan_to_num(0.)
+        x0, inner = _leaf(x0)
+        return torch.autograd.grad(log_r(x0).sum(), x0, create_graph=inner)[0].nan_to_num(0.)
 
 # %% ../nbs/10_guidance.ipynb #e457d794
 class LikelihoodGradient(Guidance):
@@ -255,6 +260,10 @@ class ProximalMatching(MomentMatching):
         return x - guess
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
+def _constant(step:Step, v:Tensor) -> Tensor:
+    "What a drift is given, without its graph unless the paths themselves are differentiated"
+    return v if step.x.requires_grad else v.detach()
+
 class Gate(Drift):
     "A drift times a learned factor, piecewise linear in time"
     def __init__(self, drift:Drift, knots=21, value=1., # at the start
@@ -268,7 +277,7 @@ class Gate(Drift):
         q = step.t.clamp(0, 1)*(len(self.value)-1)
         i = q.floor().long().clamp(max=len(self.value)-2)
         gate = torch.lerp(self.value[i], self.value[i+1], (q-i).to(self.value))
-        return gate.reshape(-1, *[1]*(step.x.ndim-1)) * step.of(self.drift).detach()
+        return gate.reshape(-1, *[1]*(step.x.ndim-1)) * _constant(step, step.of(self.drift))
 
 # %% ../nbs/10_guidance.ipynb #2c7f7e55
 class GuideShift(nn.Module):
@@ -278,7 +287,7 @@ class GuideShift(nn.Module):
         self.drift = drift
     def forward(self, step:Step) -> Tensor: # (B, ...) in the data's units
         shift = step.of(self.drift)*(step.std/step.c0)
-        return (shift*(step.noise_of_end()/step.sigma**2)).detach()
+        return _constant(step, shift*(step.noise_of_end()/step.sigma**2))
 
 # %% ../nbs/10_guidance.ipynb #a02d7251
 def measurement_feature(step:Step) -> Tensor: # (B, channels, ...) with the image's size

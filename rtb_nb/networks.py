@@ -34,7 +34,7 @@ class TimeEmbedding(nn.Module):
         self.freq = _Constant(math.pi*torch.logspace(0, 5, frequencies, base=2.))
         self.mlp = nn.Sequential(
             nn.Linear(2*frequencies, width), nn.SiLU(), nn.Linear(width, width))
-    def forward(self, t, n:int # batch size, for a scalar `t`
+    def forward(self, t, n:int # batch size, for a scalar t
         ):
         freq = self.freq.value
         arg = t.to(freq).reshape(-1, 1)*freq

@@ -46,7 +46,7 @@ class ScalarLogZ(nn.Module):
     def forward(self, log_w, y, branch=None) -> Tensor: # (B,)
         return self.value.expand(len(log_w))
     @classmethod
-    def of(cls, posterior:Posterior, # whose paths to start from, of `problem.posterior([])`
+    def of(cls, posterior:Posterior, # whose paths to start from, of problem.posterior([])
         y, n=16) -> 'ScalarLogZ':
         "Start at the mean log-weight of `n` paths"
         log_w = posterior.draw(y, n)[2]
@@ -86,9 +86,9 @@ class Clamp(Huber):
 # %% ../nbs/13_objective.ipynb #44cad7ef
 class RTB(nn.Module):
     "Relative trajectory balance: half the squared residual, bounded in its gradient"
-    def __init__(self, log_z=None, # `VarGrad()` if None, or `ScalarLogZ(value)`, `NetLogZ(net)`
+    def __init__(self, log_z=None, # VarGrad() if None, or ScalarLogZ(value), NetLogZ(net)
         dead_zone=0., # residuals smaller than this teach nothing, in nats
-        bound=50. # `Huber(b)`, `Clamp(b)`, a number for Huber's, or None for no bound
+        bound=50. # Huber(b), Clamp(b), a number for Huber's, or None for no bound
         ):
         super().__init__()
         self.dead_zone = check_number('dead_zone', dead_zone, '[0, inf)', 'it is in nats')

@@ -24,7 +24,7 @@ from .train import Trainer
 @dataclass
 class View:
     "A learned posterior of one measurement, and the exact one"
-    exact:object # `ExactMixture`, or what else has `posterior()` and `log_evidence`
+    exact:object # ExactMixture, or what else has posterior() and log_evidence
     x:Tensor # samples (n, 2)
     log_w:Tensor # of their paths (n,)
     @property
@@ -42,7 +42,7 @@ class View:
 def look(posterior:Posterior, # of points in the plane
     y, # one measurement (1, ...)
     n=1000, # samples
-    exact=ExactMixture # (problem, y) -> the closed form; `ExactChain` for a Gaussian prior
+    exact=ExactMixture # (problem, y) -> the closed form; ExactChain for a Gaussian prior
     ) -> View:
     "Draw a posterior's samples beside the exact answer"
     if posterior.shape != (2,):
@@ -101,10 +101,10 @@ def _png(axes) -> bytes:
 # %% ../nbs/15c_panel.ipynb #a97fe64f
 class Panel:
     "Sliders for measurement, noise and iteration; the picture and its numbers follow"
-    def __init__(self, snapshots:dict, # iteration -> posterior, such as `Snapshots`
+    def __init__(self, snapshots:dict, # iteration -> posterior, such as Snapshots
         y, # the measurement that they were trained on, one number (1, 1)
-        n=1000, exact=ExactMixture, # as in `look`
-        **show # as in `View.show`
+        n=1000, exact=ExactMixture, # as in look
+        **show # as in View.show
         ):
         import ipywidgets as widgets
         self.snapshots, (first, *_) = dict(sorted(snapshots.items())), snapshots.values()

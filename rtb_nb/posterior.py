@@ -168,11 +168,10 @@ class Given(Diffusion):
     def describe(self) -> dict:
         given = {} if self.y is None else {'given': f'a measurement {tuple(self.y.shape[1:])}'}
         return self.posterior.describe() | given
-    def denoise(self, x, k) -> Tensor:
-        with torch.no_grad():
-            x0_hat = self.posterior.prior.denoise(x, k)
-            u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
-            return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
+    def guess(self, x, k) -> Tensor:
+        x0_hat = self.posterior.prior.guess(x, k)
+        u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
+        return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
 
 # %% ../nbs/03a_posterior.ipynb #a0b14bdd
 @patch

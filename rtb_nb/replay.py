@@ -41,8 +41,8 @@ class Buffer(nn.Module):
         shape, # of a point, without the batch
         y_shape, # of a measurement
         measurements=1,
-        priority=Uniform(), # `Uniform()`, `ByLikelihood()`, `ByRank()`: log r -> weights
-        log_likelihood=None, # (x0, y) -> log r (B,) of added points: `problem.log_likelihood`
+        priority=Uniform(), # Uniform(), ByLikelihood(), ByRank(): log r -> weights
+        log_likelihood=None, # (x0, y) -> log r (B,) of added points: problem.log_likelihood
         device=None):
         super().__init__()
         self.capacity = check_whole('capacity', capacity, hint='the points of a measurement')
@@ -245,8 +245,8 @@ class LocalSearch(Replay):
         n:int, # paths per measurement
         log_prob, # x (B, ...), y (B, ...) -> unnormalised log-density of the posterior (B,)
         every=100, # calls between searches
-        steps=200, # of `mala` in each
-        points=None, # to refine in each search, of every measurement; `n` if None
+        steps=200, # of mala in each
+        points=None, # to refine in each search, of every measurement; n if None
         step_size=.1 # that the first search starts with
         ):
         super().__init__(posterior, buffer, n)

@@ -328,7 +328,7 @@ def checkpoint(self:Trainer, iterations:int, log):
 
 # %% ../nbs/14_train.ipynb #f1114e59
 @patch
-def fit(self:Trainer, y, # measurements (M, ...)
+def fit(self:Trainer, y, # measurements (M, ...); None: the behaviour brings its own
     iterations:int, # train until this iteration in all, resumed ones counted
     every=None, # iterations between checkpoints and lines; a tenth if None
     warmup=10, # iterations in which the learning rate rises
@@ -338,7 +338,7 @@ def fit(self:Trainer, y, # measurements (M, ...)
     iterations, warmup = check_whole('iterations', iterations), check_whole('warmup', warmup, 0)
     every = max(1, iterations//10) if every is None else check_whole('every', every)
     anneal = check_number('anneal', anneal, '[0, 1]')
-    y = self.problem.measurement(y)
+    if y is not None: y = self.problem.measurement(y)
     self.belongs_to(y)
     if self.step >= iterations:
         log(f'{self.path or "this trainer"} has {self.step} iterations already: nothing to do')

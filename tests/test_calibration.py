@@ -220,3 +220,10 @@ bad = [
 def test_bad_input_gets_one_clear_line(call, error, text):
     with pytest.raises(error, match=text) as e: call()
     assert '\n' not in str(e.value)
+
+def test_samples_that_are_drawn_already_are_scored_alike():
+    x, ys, sampler = gaussian_joint(2, 40, 3)
+    torch.manual_seed(0)
+    whole = calibration(x, ys, sampler())
+    torch.manual_seed(0)
+    assert score_calibration(x, draw_each(sampler(), ys)) == whole

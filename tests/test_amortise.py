@@ -1,0 +1,107 @@
+"Joint paths, banks of them, families of likelihoods, and maximum likelihood without the prior"
+import pytest, torch
+
+from rtb_nb.amortise import (Bank, Family, Joint, another, gap, joint_paths, load_bank,
+    pair_log_ratio, paired_log_weights, save_bank)
+from rtb_nb.beds import plane
+from rtb_nb.drifts import NetDrift
+from rtb_nb.exact import ExactChain, ExactPosterior
+from rtb_nb.guidance import MomentMatching
+from rtb_nb.likelihood import Likelihood
+from rtb_nb.networks import VectorNet
+from rtb_nb.operators import Matrix
+
+@pytest.fixture
+def problem(): torch.manual_seed(0); return plane(steps=6)
+
+def learned(problem):
+    return problem.posterior([NetDrift(VectorNet(5, 2, width=16), lambda step: step.y)])
+
+def test_exact_posterior_has_the_evidence_on_joint_paths(problem):
+    tau = joint_paths(problem, 4)
+    for i in range(4):
+        exact = ExactChain(problem, tau.y[i:i+1])
+        log_w = ExactPosterior(exact).log_weight(tau[i:i+1])
+        assert log_w.item() == pytest.approx(exact.log_evidence, abs=1e-4)
+
+def test_gap_is_paired_and_positive(problem):
+    tau = joint_paths(problem, 200)
+    joint, own = paired_log_weights(problem.posterior([]), tau, n=3, chunk=64)
+    assert joint.shape == (200,) and own.shape == (200, 3)
+    mean, error = gap(joint, own)
+    assert mean == pytest.approx((joint.double()-own.double().mean(1)).mean().item())
+    assert mean > 3*error > 0 and gap(joint[:1], own[:1])[1] is None
+
+def test_bank_on_disk_knows_its_prior(problem, tmp_path):
+    bank = Bank.of(problem.prior, 20, chunk=8)
+    save_bank(bank, tmp_path/'bank.safetensors')
+    again = load_bank(tmp_path/'bank.safetensors', problem.prior)
+    assert torch.equal(again.tau.x, bank.tau.x)
+    assert torch.equal(again.tau.x0_hat, bank.tau.x0_hat)
+    assert len(again) == 20 and bank.nbytes == 20*(7 + 6)*2*4
+    with pytest.raises(ValueError, match='chain'):
+        load_bank(tmp_path/'bank.safetensors', plane(steps=6, last_noise=.1).prior)
+    with pytest.raises(ValueError, match='prior'):
+        load_bank(tmp_path/'bank.safetensors', plane(steps=6, std=.4).prior)
+
+def test_training_from_a_bank_never_asks_the_prior(problem):
+    bank, posterior = Bank.of(problem.prior, 20), learned(problem)
+    asked = []
+    problem.prior.denoiser.register_forward_hook(lambda *_: asked.append(1))
+    pair_log_ratio(posterior, bank.pairs(problem.likelihood, 16)).mean().backward()
+    assert not asked
+
+def test_pairs_are_steps_of_paths(problem):
+    bank, posterior = Bank.of(problem.prior, 20), problem.posterior([MomentMatching()])
+    pairs = bank.pairs(problem.likelihood, 50)
+    found = pair_log_ratio(posterior, pairs)
+    for j in range(50):
+        k = int(pairs.k[j])
+        i = (bank.tau.x[k] == pairs.x[j]).all(1).nonzero().item()
+        tau = bank.tau[i:i+1]
+        tau.y = pairs.y[j:j+1]
+        wanted = posterior.step_log_ratio(tau, [k]).item()
+        assert found[j].item() == pytest.approx(wanted, abs=1e-5)
+
+def test_same_seed_same_bits(problem):
+    bank = Bank.of(problem.prior, 20)
+    def draw():
+        torch.manual_seed(3)
+        pairs = bank.pairs(problem.likelihood, 8)
+        return torch.cat([pairs.x, pairs.following, pairs.x0_hat, pairs.y], 1)
+    assert torch.equal(draw(), draw())
+
+def test_joint_shares_a_measurement_among_own_paths_and_the_joint_one(problem):
+    bank, posterior = Bank.of(problem.prior, 20), learned(problem)
+    tau = Joint(posterior, bank, n=3, measurements=5)()
+    assert len(tau) == 5*(3 + 1) and len(tau.y.unique()) == 5
+    for y in tau.y[-5:]: assert (tau.y == y).sum() == 4
+    assert (bank.tau.x0[:, None] == tau.x0[-5:]).all(-1).any(0).all()
+    with pytest.raises(ValueError, match='another prior'):
+        Joint(posterior, Bank.of(plane(steps=6).prior, 4), 2)
+
+def test_a_family_is_one_member_at_a_time(problem):
+    torch.manual_seed(0)
+    A, B = Matrix([[1., 0.]]), Matrix([[0., 1.]])
+    family = Family([Likelihood(A, .1), Likelihood(B, .2)])
+    seen = {another(family).noise_std for _ in range(20)}
+    assert seen == {.1, .2} and another(problem.likelihood) is problem.likelihood
+    while family.noise_std != .2: family.draw()
+    assert family.operator is B
+    x = torch.tensor([[.3, -.4]])
+    assert family(x).mean.item() == pytest.approx(-.4)
+    made = Family(lambda: Likelihood(A, .5))
+    assert made.noise_std == .5 and made.y_shape((2,)) == (1,)
+    with pytest.raises(ValueError, match='at least one member'): Family([])
+
+def test_a_drift_follows_its_family(problem):
+    "One posterior, whose guide reads the present member's operator and noise"
+    family = Family([Likelihood(Matrix([[1., 0.]]), .1), Likelihood(Matrix([[0., 1.]]), .1)])
+    posterior = type(problem)(problem.prior, family).posterior([MomentMatching()])
+    for member in family.members:
+        family.member = member
+        torch.manual_seed(0)
+        x = posterior.sample(torch.tensor([[.9]]), 200)
+        torch.manual_seed(0)
+        alone = type(problem)(problem.prior, member).posterior([MomentMatching()])
+        assert torch.equal(x, alone.sample(torch.tensor([[.9]]), 200))

@@ -1,0 +1,81 @@
+"The path form of the gradient: equal to one graph of all steps, whatever drifts there are"
+import pytest, torch
+from torch import nn
+
+from rtb_nb.beds import plane
+from rtb_nb.drifts import NetDrift
+from rtb_nb.gradient import path_form
+from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
+    MomentMatching, PiGDM, ProximalMatching, likelihood_slope, measurement_feature)
+from rtb_nb.networks import VectorNet
+
+Y = torch.tensor([[.9]])
+
+def net(inputs):
+    made = VectorNet(inputs, 2, width=16)
+    nn.init.normal_(made.last.weight, std=.3)
+    return made
+
+def seeing(*features): return NetDrift(net(4 + 2*len(features)), *features)
+
+DRIFTS = dict(
+    matching=lambda: [Gate(MomentMatching(), value=.5), seeing(GuideShift(MomentMatching()))],
+    exact=lambda: [Gate(GaussianMatching(), value=.5), seeing()],
+    convolved=lambda: [Gate(CLA(), value=.5), seeing(GuideShift(CLA()))],
+    pigdm=lambda: [Gate(PiGDM(.25), value=.5), seeing()],
+    dps=lambda: [Gate(DPS(.1)), seeing(likelihood_slope)],
+    bare=lambda: [Gate(LikelihoodGradient(), value=.01), seeing(likelihood_slope)],
+    proximal=lambda: [Gate(ProximalMatching(sweeps=3), value=.5), seeing()],
+    plain=lambda: [NetDrift(net(5), measurement_feature)])
+
+def gradient(posterior):
+    learned = [p for p in posterior.drifts.parameters() if p.requires_grad]
+    found = torch.cat([p.grad.flatten() for p in learned])
+    posterior.drifts.zero_grad()
+    return found
+
+def whole_graph(posterior, tau):
+    "Log-weights with one graph of all steps, the noise held still"
+    with torch.no_grad():
+        kernels = [posterior.kernel(tau.x[k], k, tau.y).base_dist for k in range(tau.steps)]
+        eps = [(tau.x[k+1] - q.mean)/q.stddev for k, q in enumerate(kernels)]
+    x, log_ratio = tau.xT.clone().requires_grad_(), 0.
+    for k in range(tau.steps):
+        x0_hat = posterior.prior.guess(x, k)
+        u, s = posterior.drift(x, k, tau.y, x0_hat), posterior.chain.at('std', k, x)
+        log_ratio = log_ratio + (u*(eps[k] + u/2)).sum(1)
+        x = posterior.mean(x, k, x0_hat) + s*(u + eps[k])
+    return posterior.problem.log_likelihood(x, tau.y) - log_ratio
+
+@pytest.fixture
+def posterior(request):
+    torch.manual_seed(0)
+    return plane(steps=6).posterior(DRIFTS[request.param]())
+
+@pytest.mark.parametrize('posterior', DRIFTS, indirect=True)
+def test_adjoint_is_the_gradient_of_the_whole_graph(posterior):
+    tau = posterior.simulate(Y, 32)
+    log_w = whole_graph(posterior, tau)
+    (-log_w.mean()).backward()
+    whole = gradient(posterior)
+    torch.testing.assert_close(path_form(posterior, tau), log_w.detach(), atol=1e-4, rtol=1e-5)
+    adjoint = gradient(posterior)
+    assert (adjoint-whole).norm() < 1e-4*whole.norm()
+    torch.testing.assert_close(posterior.log_weight(tau).detach(), log_w.detach(),
+                               atol=1e-4, rtol=1e-5)
+
+@pytest.mark.parametrize('posterior', ['matching'], indirect=True)
+def test_batch_in_parts_and_a_tempered_likelihood(posterior):
+    tau = posterior.simulate(Y, 32)
+    whole, one = path_form(posterior, tau, beta=.3), gradient(posterior)
+    parts, other = path_form(posterior, tau, beta=.3, chunk=7), gradient(posterior)
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    scored = posterior.log_weight(tau, .3).detach()
+    torch.testing.assert_close(whole, scored, atol=1e-4, rtol=1e-5)
+
+@pytest.mark.parametrize('posterior', ['plain'], indirect=True)
+def test_inference_mode_is_refused(posterior):
+    tau = posterior.simulate(Y, 4)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match='path form needs gradients'):
+        path_form(posterior, tau)
