@@ -154,6 +154,7 @@ class GaussianDenoiser(Denoiser):
 # %% ../nbs/02_denoise.ipynb #30167990
 @patch
 def forward(self:GaussianDenoiser, x, t):
+    "The guess, scaled in the eigenvectors"
     u = _at_least_single(x)
     a, _ = self.schedule(widest(t))
     m, V = self.mean.flatten().to(u), self.vectors.to(u)
@@ -215,6 +216,7 @@ class MixtureDenoiser(Denoiser):
 # %% ../nbs/02_denoise.ipynb #5879ce46
 @patch
 def forward(self:MixtureDenoiser, x, t):
+    "The components' guesses, averaged"
     u = _at_least_single(x)
     a, s = (bcast(c, u[:, None]) for c in self.schedule(widest(t)))
     m, v, lw = self.means.to(u), self.stds.to(u)[:, None]**2, self.log_weights.to(u)
