@@ -1,15 +1,17 @@
 "Joint paths, banks of them, families of likelihoods, and maximum likelihood without the prior"
 import pytest, torch
 
-from rtb_nb.amortise import (Bank, Family, Joint, another, gap, joint_paths, load_bank,
-    pair_log_ratio, paired_log_weights, save_bank)
+from rtb_nb.amortise import (Bank, Family, Fresh, Joint, MaximumLikelihood, another, gap,
+    joint_paths, load_bank, pair_log_ratio, paired_log_weights, save_bank)
 from rtb_nb.beds import plane
+from rtb_nb.behaviours import OnPolicy
 from rtb_nb.drifts import NetDrift
 from rtb_nb.exact import ExactChain, ExactPosterior
 from rtb_nb.guidance import MomentMatching
 from rtb_nb.likelihood import Likelihood
 from rtb_nb.networks import VectorNet
 from rtb_nb.operators import Matrix
+from rtb_nb.train import Trainer
 
 @pytest.fixture
 def problem(): torch.manual_seed(0); return plane(steps=6)
@@ -105,3 +107,46 @@ def test_a_drift_follows_its_family(problem):
         torch.manual_seed(0)
         alone = type(problem)(problem.prior, member).posterior([MomentMatching()])
         assert torch.equal(x, alone.sample(torch.tensor([[.9]]), 200))
+
+def trainers(problem, path):
+    "Both that bring their own measurements, from the same seed"
+    torch.manual_seed(1)
+    bank, posterior = Bank.of(problem.prior, 30), learned(problem)
+    torch.manual_seed(2)
+    yield MaximumLikelihood(posterior, bank, pairs=16, path=path/'likelihood.safetensors')
+    torch.manual_seed(2)
+    posterior = learned(problem)
+    yield Trainer(posterior, Joint(posterior, bank, 3, 2), path=path/'joint.safetensors')
+
+@pytest.mark.parametrize('which', [0, 1], ids=['maximum likelihood', 'joint'])
+def test_killed_and_resumed_to_the_bit(which, problem, tmp_path):
+    def one(name): return list(trainers(problem, tmp_path/name))[which]
+    whole = one('whole')
+    torch.manual_seed(3)
+    whole.fit(None, 4, every=2, log=str)
+    first = one('parts')
+    torch.manual_seed(3)
+    first.fit(None, 2, every=2, log=str)
+    second = one('parts').resume().fit(None, 4, every=2, log=str)
+    assert second.history == whole.history and len(whole.history) == 4
+    for p, q in zip(second.learned, whole.learned): assert torch.equal(p, q)
+    for p, q in zip(second.average.parameters(), whole.average.parameters()):
+        assert torch.equal(p, q)
+
+def test_maximum_likelihood_closes_the_gap(problem):
+    torch.manual_seed(0)
+    bank, posterior = Bank.of(problem.prior, 400), learned(problem)
+    held_out = joint_paths(problem, 200)
+    before = gap(*paired_log_weights(posterior, held_out, 2))[0]
+    trained = MaximumLikelihood(posterior, bank, pairs=128).fit(None, 100, log=str).averaged
+    after = gap(*paired_log_weights(trained, held_out, 2))[0]
+    assert 0 < after < before/4
+    with pytest.raises(ValueError, match='another prior'):
+        MaximumLikelihood(posterior, Bank.of(plane(steps=6).prior, 4))
+
+def test_fresh_measurements_of_given_images(problem):
+    posterior = learned(problem)
+    tau = Fresh(OnPolicy(posterior, 2), torch.randn(5, 2), measurements=3)()
+    assert len(tau) == 6 and len(tau.y.unique()) == 3
+    with pytest.raises(ValueError, match=r'images must be \(N, 2\)'):
+        Fresh(OnPolicy(posterior, 2), torch.randn(5, 3))

@@ -3,11 +3,13 @@ import pytest, torch
 from torch import nn
 
 from rtb_nb.beds import plane
+from rtb_nb.behaviours import FromPrior, OnPolicy
 from rtb_nb.drifts import NetDrift
-from rtb_nb.gradient import path_form
+from rtb_nb.gradient import PathTrainer, path_form
 from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
     MomentMatching, PiGDM, ProximalMatching, likelihood_slope, measurement_feature)
 from rtb_nb.networks import VectorNet
+from rtb_nb.objective import Adaptive
 
 Y = torch.tensor([[.9]])
 
@@ -79,3 +81,31 @@ def test_inference_mode_is_refused(posterior):
     tau = posterior.simulate(Y, 4)
     with torch.inference_mode(), pytest.raises(RuntimeError, match='path form needs gradients'):
         path_form(posterior, tau)
+
+@pytest.mark.parametrize('posterior', ['matching'], indirect=True)
+def test_trainer_learns_counts_and_resumes(posterior, tmp_path):
+    drifts = posterior.drifts.state_dict()
+    start = {k: v.clone() for k, v in drifts.items()}
+    def one(name):
+        posterior.drifts.load_state_dict(start)
+        return PathTrainer(posterior, OnPolicy(posterior, 8), path=tmp_path/name)
+    whole = one('whole')
+    torch.manual_seed(3)
+    whole.fit(Y, 4, every=2, log=str)
+    end = {k: v.clone() for k, v in drifts.items()}
+    assert whole.calls == 4*2*6*8 and any(not torch.equal(end[k], start[k]) for k in start)
+    first = one('parts')
+    torch.manual_seed(3)
+    first.fit(Y, 2, every=2, log=str)
+    second = one('parts').resume().fit(Y, 4, every=2, log=str)
+    assert second.history == whole.history
+    for k, v in posterior.drifts.state_dict().items(): assert torch.equal(v, end[k])
+
+@pytest.mark.parametrize('posterior', ['plain'], indirect=True)
+@pytest.mark.parametrize('behaviour, options', [
+    (lambda p: FromPrior(p, 4), {}), (lambda p: OnPolicy(p, 4, noise=.1), {}),
+    (lambda p: OnPolicy(p, 4), dict(updates=2)), (lambda p: OnPolicy(p, 4), dict(fraction=.5)),
+    (lambda p: OnPolicy(p, 4), dict(beta=Adaptive()))])
+def test_what_the_path_form_cannot_do_is_refused(posterior, behaviour, options):
+    with pytest.raises(ValueError, match='path form'):
+        PathTrainer(posterior, behaviour(posterior), **options)

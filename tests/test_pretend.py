@@ -7,9 +7,11 @@ import papermill, pytest, torch
 from options import measured, sampler_options
 from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
+from rtb_nb.amortise import Bank, Joint, MaximumLikelihood, paired_log_weights
 from rtb_nb.beds import small_lens
 from rtb_nb.behaviours import Mixture, OnPolicy
 from rtb_nb.evidence import evaluate
+from rtb_nb.gradient import PathTrainer
 from rtb_nb.guidance import MomentMatching
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
@@ -114,6 +116,17 @@ def test_training_goes_on_from_its_checkpoint(device, tmp_path):
     for p, q in zip(second.learned, whole.learned): assert torch.equal(p.cpu(), q.cpu())
     x, numbers = evaluate(second.averaged, y, 4)
     assert isinstance(x, Away) and numbers['n'] == 4
+
+def test_amortised_training_and_the_path_form(device):
+    torch.manual_seed(0)
+    problem = small_lens(steps=3).to(device)
+    posterior = problem.posterior(image_drifts(problem, MomentMatching())).to(device)
+    bank = Bank.of(problem.prior, 6)
+    MaximumLikelihood(posterior, bank, pairs=8).fit(None, 2, log=str)
+    Trainer(posterior, Joint(posterior, bank, 2, 2)).fit(None, 2, log=str)
+    PathTrainer(posterior, OnPolicy(posterior, 2)).fit(problem.simulate(1)[1], 2, log=str)
+    joint, own = paired_log_weights(posterior, bank.measured_paths(problem.likelihood, 3), 2)
+    assert isinstance(joint, Away) and own.shape == (3, 2)
 
 OPTIONS = sampler_options()
 
