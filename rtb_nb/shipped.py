@@ -53,7 +53,8 @@ def _guide(name, # of the recipe
     "The guide of a recipe"
     if name == 'MomentMatching': return MomentMatching(**dials)
     if name == 'PixelMatching': return PixelMatching(load_error(error, problem.prior), **dials)
-    raise ValueError(f'a recipe knows the guides MomentMatching and PixelMatching, got {name!r}')
+    raise ValueError('a recipe knows the guides MomentMatching and PixelMatching, '
+                     f'got {name!r}')
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3 # of the network
@@ -63,7 +64,7 @@ def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is 
 
 # %% ../nbs/14c_shipped.ipynb #8948f13b
 def gentle_optimiser(posterior:Posterior, lr=1e-3) -> torch.optim.Adam:
-    "Adam at one rate for all drifts that learn: for a `Trainer` that starts from a good posterior"
+    "Adam at one rate for all drifts: for a `Trainer` that starts from a good posterior"
     learned = [p for p in posterior.drifts.parameters() if p.requires_grad]
     return torch.optim.Adam(learned, check_number('lr', lr))
 
@@ -104,8 +105,8 @@ def _posterior_file(name) -> Path:
     if path.suffix or len(path.parts) > 1:
         raise FileNotFoundError(f'there is no posterior file {path}')
     if str(name) not in shipped_posteriors():
-        raise ValueError(f'unknown posterior {str(name)!r}: shipped are {shipped_posteriors()}, '
-            'or give the path of a .posterior.safetensors file')
+        raise ValueError(f'unknown posterior {str(name)!r}: shipped are '
+            f'{shipped_posteriors()}, or give the path of a .posterior.safetensors file')
     return files('rtb_nb')/'assets'/f'{name}.posterior.safetensors'
 
 # %% ../nbs/14c_shipped.ipynb #5b24daa9
