@@ -10,9 +10,11 @@ from project import NBS, benchmarks, experiments, name, notebooks
 from rtb_nb.amortise import Bank, Joint, MaximumLikelihood, paired_log_weights
 from rtb_nb.beds import small_lens
 from rtb_nb.behaviours import Mixture, OnPolicy
+from rtb_nb.errors import load_error, save_error, train_error
 from rtb_nb.evidence import evaluate
 from rtb_nb.gradient import PathTrainer
 from rtb_nb.guidance import MomentMatching
+from rtb_nb.matching import PixelMatching, PixelProximal
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.train import Trainer, image_drifts
@@ -127,6 +129,20 @@ def test_amortised_training_and_the_path_form(device):
     PathTrainer(posterior, OnPolicy(posterior, 2)).fit(problem.simulate(1)[1], 2, log=str)
     joint, own = paired_log_weights(posterior, bank.measured_paths(problem.likelihood, 3), 2)
     assert isinstance(joint, Away) and own.shape == (3, 2)
+
+def test_an_error_per_pixel_and_matching_with_it(device, tmp_path):
+    torch.manual_seed(0)
+    problem = small_lens(steps=3).to(device)
+    x = problem.prior.sample(8)
+    error, _ = train_error(problem.prior, x.cpu(), x[:4].cpu(), steps=2, batch=4, log=str,
+                           path=tmp_path/'run.safetensors')
+    save_error(error, tmp_path/'lens.error.safetensors')
+    error, y = load_error(tmp_path/'lens.safetensors', problem.prior), problem.simulate(1)[1]
+    for guide in (PixelMatching(error), PixelProximal(error, sweeps=2)):
+        posterior = problem.posterior(image_drifts(problem, guide)).to(device)
+        PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+        x0, _, log_w = posterior.draw(y, 2)
+        assert isinstance(x0, Away) and log_w.isfinite().all()
 
 OPTIONS = sampler_options()
 
