@@ -4,7 +4,7 @@ from functools import cache
 
 import papermill, pytest, torch
 
-from options import measured, sampler_options
+from options import bent_problem, linear_problem, measured, sampler_options
 from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
 from rtb_nb.amortise import Bank, Joint, MaximumLikelihood, paired_log_weights
@@ -12,7 +12,8 @@ from rtb_nb.beds import small_lens
 from rtb_nb.behaviours import Mixture, OnPolicy
 from rtb_nb.evidence import evaluate
 from rtb_nb.gradient import PathTrainer
-from rtb_nb.guidance import MomentMatching
+from rtb_nb.guidance import Gate, MomentMatching
+from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.train import Trainer, image_drifts
@@ -127,6 +128,18 @@ def test_amortised_training_and_the_path_form(device):
     PathTrainer(posterior, OnPolicy(posterior, 2)).fit(problem.simulate(1)[1], 2, log=str)
     joint, own = paired_log_weights(posterior, bank.measured_paths(problem.likelihood, 3), 2)
     assert isinstance(joint, Away) and own.shape == (3, 2)
+
+@pytest.mark.parametrize('make', [linear_problem, bent_problem])
+def test_hybrids(make, device):
+    torch.manual_seed(0)
+    problem = make(steps=4).to(device)
+    y = measured(problem)
+    drifts = [Gate(DPSScore(), value=.01), PaperGate(DPSCLA(), guess_misfit, 1)]
+    posterior = problem.posterior(drifts).to(device)
+    Trainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    x = posterior.sample(y, 3)
+    assert isinstance(x, Away) and x.isfinite().all()
 
 OPTIONS = sampler_options()
 
