@@ -122,7 +122,7 @@ def train_error(prior:Diffusion,
     data:Tensor, # clean images (N, ...), the prior's training images or samples of its own
     held_out:Tensor, # clean images that are not trained on
     net:dict=None, # as for `PixelError`
-    steps=1000, batch=64, lr=2e-3,
+    steps=1000, batch=32, lr=2e-3,
     augment=None, # a function of every batch
     path=None, # checkpoint file; where it exists the run resumes from it
     every=200, # steps between held-out losses, checkpoints and lines
