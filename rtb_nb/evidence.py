@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'log_mean_exp', 'effective_sample_size', 'evidence', 'resampled_eubo',
            'residual_chi2', 'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats',
-           'reweighted']
+           'reweighted', 'sandwich']
 
 # %% ../nbs/15_evidence.ipynb #39733c5b
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .amortise import gap, paired_log_weights
 from .schedule import check_whole
 
 # %% ../nbs/15_evidence.ipynb #ca045103
@@ -231,3 +232,19 @@ def reweighted(x, # samples (n, ...)
     shift = torch.rand((), dtype=share.dtype, device=share.device)
     at = (torch.arange(len(x), device=share.device) + shift)/len(x)
     return x[torch.searchsorted(share, at).clamp(max=len(x)-1).to(x.device)]
+
+# %% ../nbs/15_evidence.ipynb #0e73d0fa
+def sandwich(posterior, # a `Posterior` of an `InverseProblem`
+    tau, # joint paths with their measurements, from `joint_paths` or a `Bank`
+    n=16, # own paths of each measurement
+    chunk=256 # most paths drawn at once
+    ) -> dict: # nats but for `ess`, in samples of n; means over measurements; se: their errors
+    "ELBO, IW and ESS on own paths, EUBO on joint ones, and the gap, paired per measurement"
+    joint, own = (as_double(v) for v in paired_log_weights(posterior, tau, n, chunk))
+    broken = int((~joint.isfinite()).sum() + (~own.isfinite()).sum())
+    names = 'eubo', 'elbo', 'iw', 'gap', 'gap_se', 'ess', 'std'
+    if broken: return dict.fromkeys(names, math.nan) | dict(measurements=len(tau), n=n)
+    (between, se), spread = gap(joint, own), own.std(1).mean() if n > 1 else None
+    return as_floats(dict(eubo=joint.mean(), elbo=own.mean(), iw=log_mean_exp(own).mean(),
+        gap=between, gap_se=se, ess=effective_sample_size(own).mean(), std=spread)
+        ) | dict(measurements=len(tau), n=n)

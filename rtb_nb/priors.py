@@ -277,8 +277,9 @@ def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the 
 # %% ../nbs/06_priors.ipynb #0c8606aa
 def shipped_priors() -> list:
     "Names of the priors that come with the package"
-    names = (p.name for p in (files('rtb_nb')/'assets').iterdir())
-    return sorted(n.removesuffix('.safetensors') for n in names if n.endswith('.safetensors'))
+    names = {p.name for p in (files('rtb_nb')/'assets').iterdir()}
+    stems = (n.removesuffix('.safetensors') for n in names if n.endswith('.safetensors'))
+    return sorted(s for s in stems if '.' not in s and f'{s}.json' in names) # with a card
 
 # %% ../nbs/06_priors.ipynb #96dc08f0
 def _prior_file(name) -> Path:

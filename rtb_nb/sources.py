@@ -45,7 +45,7 @@ def vary_sources(x:Tensor, # stamps (B, 1, H, W) in [-1, 1], the sky at -1
     for name, (low, high) in dict(size=size, gamma=gamma, peak=peak).items():
         if not 0 < low <= high:
             raise ValueError(f'{name} must be a positive range (low, high), got {low, high}')
-    if peak[1] > 1: raise ValueError(f"peak must not exceed 1, the end of the range, got {peak}")
+    if peak[1] > 1: raise ValueError(f'peak goes up to 1, the range\'s end, got {peak}')
     check_number('shift', shift, '[0, 1]'), check_number('companion', companion, '[0, 1]')
     light = ((x + 1)/2 - .02).clamp(min=0) # no sky
     beside = _placed(light.roll(1, 0), (.2, .5), .35)

@@ -2,6 +2,7 @@
 import math
 import numpy as np, pytest, torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from rtb_nb.amortise import joint_paths, paired_log_weights
 from rtb_nb.beds import plane
 from rtb_nb.evidence import *
 from rtb_nb.exact import BestDrift, ExactChain
@@ -189,3 +190,30 @@ bad = [
 def test_bad_input_gets_one_clear_line(call, error, text):
     with pytest.raises(error, match=text) as e: call()
     assert '\n' not in str(e.value)
+
+# ---- both bounds
+
+def test_sandwich_is_what_its_parts_say():
+    problem = plane(8)
+    torch.manual_seed(0)
+    tau, q = joint_paths(problem, 40), problem.posterior([CLA()])
+    torch.manual_seed(1)
+    found = sandwich(q, tau, 3, chunk=17)
+    torch.manual_seed(1)
+    joint, own = paired_log_weights(q, tau, 3, chunk=17)
+    each = joint.double() - own.double().mean(1)
+    assert found['gap'] == pytest.approx(found['eubo'] - found['elbo'])
+    assert found['gap_se'] == pytest.approx((each.std()/40**.5).item())
+    assert found['iw'] == pytest.approx((own.double().logsumexp(1) - math.log(3)).mean().item())
+    assert found['elbo'] < found['iw'] < found['eubo'] and 1 <= found['ess'] <= 3
+    assert (found['measurements'], found['n']) == (40, 3)
+
+def test_sandwich_of_a_broken_sampler_is_nan():
+    class Broken(CLA):
+        def forward(self, step): return torch.full_like(step.x, math.nan)
+    problem = plane(4)
+    found = sandwich(problem.posterior([Broken()]), joint_paths(problem, 3), 2)
+    assert all(math.isnan(found[k]) for k in ('eubo', 'elbo', 'iw', 'gap', 'gap_se'))
+    assert (found['measurements'], found['n']) == (3, 2)
+    with pytest.raises(ValueError, match='no measurement'):
+        sandwich(problem.posterior([]), problem.prior.simulate(2))

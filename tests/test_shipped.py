@@ -1,0 +1,82 @@
+"A posterior written and read again is the same posterior"
+import copy, json
+import pytest, torch
+from rtb_nb.amortise import Bank, Family, MaximumLikelihood
+from rtb_nb.beds import plane, small_lens
+from rtb_nb.families import LensBank, LensFamily
+from rtb_nb.imaging import block_average
+from rtb_nb.lensing import Lens
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.operators import Mask, Matrix
+from rtb_nb.shipped import *
+
+recipe = dict(guide=dict(name='MomentMatching', variance=.1), width=16, depth=1)
+
+@pytest.fixture(scope='module')
+def problem(): return small_lens(steps=6)
+
+@pytest.fixture
+def posterior(problem):
+    torch.manual_seed(0)
+    drifts = family_drifts(problem, **recipe)
+    for p in drifts[1].parameters(): p.data += .05*torch.randn_like(p)
+    return problem.posterior(drifts)
+
+def drawn(posterior, problem):
+    torch.manual_seed(5)
+    return posterior.sample(problem.likelihood(problem.prior.sample(1)).sample(), 3)
+
+def test_round_trip(posterior, problem, tmp_path):
+    path = tmp_path/'a.posterior.safetensors'
+    card = save_posterior(posterior, path, recipe, dict(remarks='none'))
+    again = load_posterior(path, problem)
+    assert torch.equal(drawn(again, problem), drawn(posterior, problem))
+    assert again.card == card == json.loads(path.with_suffix('.json').read_text())
+
+def test_another_operator_is_taken_and_another_prior_refused(posterior, problem, tmp_path):
+    path = tmp_path/'a.posterior.safetensors'
+    save_posterior(posterior, path, recipe, dict(family=dict(size=16)))
+    other = InverseProblem(problem.prior, Likelihood(Lens(16, einstein_radius=.7), .05))
+    with pytest.warns(UserWarning, match='einstein_radius 0.7'): load_posterior(path, other)
+    inside = InverseProblem(problem.prior, Likelihood(Lens(16), .05))
+    assert drawn(load_posterior(path, inside), inside).isfinite().all()
+    moved = copy.deepcopy(problem)
+    moved.prior.denoiser.mean += .1
+    with pytest.raises(ValueError, match='another prior'): load_posterior(path, moved)
+    with pytest.raises(ValueError, match='another chain'): load_posterior(path, small_lens(7))
+
+def test_family_is_trained_and_kept(problem, tmp_path):
+    torch.manual_seed(1)
+    family = InverseProblem(problem.prior, Family(LensBank(LensFamily(16), 2)))
+    q = family.posterior(family_drifts(family, **recipe))
+    trainer = MaximumLikelihood(q, Bank.of(problem.prior, 8), pairs=8)
+    trainer.fit(None, 3, log=lambda line: None)
+    path = tmp_path/'b.posterior.safetensors'
+    save_posterior(trainer.averaged, path, recipe, {})
+    assert torch.equal(drawn(load_posterior(path, problem), problem),
+                       drawn(problem.posterior(list(trainer.averaged.drifts)), problem))
+
+@pytest.mark.parametrize('op', [Mask(torch.rand(1, 8, 8) < .5), block_average((1, 8, 8), 2),
+    Matrix(torch.randn(5, 64), (1, 8, 8)), Lens(8)], ids=lambda op: type(op).__name__)
+def test_column_power(op):
+    x = torch.zeros(1, *op.in_shape, dtype=torch.float64)
+    A = op.matrix()
+    assert torch.allclose(op.column_power(x).flatten(), (A.T @ A).diagonal(), atol=1e-10)
+    assert op.column_power(x) is op.column_power(x)
+
+def test_bad_inputs(posterior, problem, tmp_path):
+    save = lambda name, **change: save_posterior(posterior, tmp_path/name, recipe | change, {})
+    with pytest.raises(ValueError, match='must end in .posterior.safetensors'): save('a.pt')
+    with pytest.raises(ValueError, match='does not fit'):
+        save('a.posterior.safetensors', width=32)
+    with pytest.raises(ValueError, match="got 'CLA'"):
+        save('a.posterior.safetensors', guide=dict(name='CLA'))
+    broken = copy.deepcopy(posterior)
+    next(broken.drifts[1].parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match='non-finite'):
+        save_posterior(broken, tmp_path/'a.posterior.safetensors', recipe, {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match='there is no posterior file'):
+        load_posterior(tmp_path/'none.posterior.safetensors', problem)
+    with pytest.raises(ValueError, match="unknown posterior 'rings'"):
+        load_posterior('rings', problem)
