@@ -25,7 +25,8 @@ def found(out, **match): return read_records(out/'conditional.jsonl', **match)
 
 def numbers(record):
     "Metrics without what the clock says"
-    return {k: v for k, v in record['metrics'].items() if k not in ('train_cpu', 'seconds_each')}
+    timed = 'train_cpu', 'seconds_each'
+    return {k: v for k, v in record['metrics'].items() if k not in timed}
 
 def halt_at(step, kind, monkeypatch):
     "Let training of a kind stop, once, when a checkpoint of that step has been written"
