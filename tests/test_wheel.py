@@ -85,10 +85,13 @@ import rtb_nb
 assert rtb_nb.__version__ == version('rtb_nb')
 for m in pkgutil.iter_modules(rtb_nb.__path__):
     print(importlib.import_module(f'rtb_nb.{m.name}').__name__)
+from rtb_nb.errors import load_error
+from rtb_nb.priors import load_prior
 for p in sorted(Path(target, 'rtb_nb', 'assets').glob('*.safetensors')):
-    from rtb_nb.priors import load_prior
-    load_prior(p.stem)
-    print('prior', p.stem)
+    name, _, kind = p.stem.partition('.')
+    if kind: dict(error=load_error)[kind](p, load_prior(name))
+    else: load_prior(name)
+    print('weights', p.stem)
 # an editable install of the tree must not stand in for what the wheel lacks
 ours = [m for n, m in sys.modules.items() if n.partition('.')[0] == 'rtb_nb']
 strangers = [m for m in ours if not Path(m.__file__).is_relative_to(target)]
@@ -99,5 +102,5 @@ def test_wheel_imports_without_optional_packages(installed):
     said = python('-I', '-c', PROBE, installed, ' '.join(ABSENT), cwd=installed).splitlines()
     modules = {f'rtb_nb.{p.stem}' for p in LIB.glob('*.py') if p.stem != '__init__'}
     assert {s for s in said if s.startswith('rtb_nb.')} == modules
-    priors = {p.stem for p in (LIB/'assets').glob('*.safetensors')}
-    assert {s.split()[1] for s in said if s.startswith('prior ')} == priors
+    weights = {p.stem for p in (LIB/'assets').glob('*.safetensors')}
+    assert {s.split()[1] for s in said if s.startswith('weights ')} == weights
