@@ -158,7 +158,7 @@ def train_error(prior:Diffusion,
     return error.eval().requires_grad_(False), [tuple(h) for h in run['history']]
 
 # %% ../nbs/06b_errors.ipynb #87040f05
-def save_error(error:PixelError, path, # a name that ends in .error.safetensors
+def save_error(error:PixelError, path, # ends in .error.safetensors; the card's in .error.json
     card:dict=None # data, steps, losses, date: whatever the reader should know
     ) -> dict: # the whole card
     "Write a prior's error per pixel; weights in half precision, as they are from then on"
@@ -170,6 +170,7 @@ def save_error(error:PixelError, path, # a name that ends in .error.safetensors
     for p in error.net.parameters(): p.data = _rounded(p.data).float()
     card = dict(card or {}, net=error.arguments, shape=list(error.shape), belongs=error.belongs)
     save_tensors(path, {k: _rounded(v) for k, v in error.net.state_dict().items()}, card)
+    path.with_suffix('.json').write_text(json.dumps(card, indent=1)+'\n')
     return card
 
 # %% ../nbs/06b_errors.ipynb #a39151fa
