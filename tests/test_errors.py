@@ -125,10 +125,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
 def test_file_gives_it_back_and_belongs_to_its_prior(tmp_path):
     error, path = wobbly(PRIOR), tmp_path/'plane.error.safetensors'
     card = save_error(error, path, dict(data='points'))
+    assert json.loads(path.with_suffix('.json').read_text()) == card
     for name in (path, tmp_path/'plane.safetensors'): # its own path, or its prior's
         again = load_error(name, PRIOR)
         assert same(error, again) and again.card == card and card['data'] == 'points'
-    assert json.loads((tmp_path/'plane.error.json').read_text()) == card
         assert not any(p.requires_grad for p in again.parameters())
     with pytest.raises(ValueError, match='trained with another prior'):
         load_error(path, plane((.1, .31))[0])
