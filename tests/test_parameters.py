@@ -28,10 +28,10 @@ def execute(cells, folder, **values):
 everywhere = [dict(budget='nope'), dict(noise_std=-1), dict(noise_std='loud'), dict(batch=2.5),
               dict(device='abacus')]
 rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5]),
-        dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4), dict(iterations='many')]
+        dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4)]
 own = dict(
-    exp_lensing=[*rows, dict(image_size=32.5), dict(steps=[20])],
-    exp_forms=rows,
+    exp_lensing=[*rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
+    exp_forms=[*rows, dict(iterations='many')],
     exp_unconditional=[*rows, dict(datasets='imagenet'), dict(tasks=['box', 'hole']),
                        dict(measurements='first'), dict(workers=-2)],
     exp_consistency=[dict(first=-1), dict(sources=.5), dict(image_size='large')])
