@@ -32,8 +32,9 @@ rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5])
 own = dict(
     exp_lensing=[*rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
     exp_forms=[*rows, dict(iterations='many')],
-    exp_unconditional=[*rows, dict(iterations='many'), dict(datasets='imagenet'), dict(tasks=['box', 'hole']),
-                       dict(measurements='first'), dict(workers=-2)],
+    exp_unconditional=[*rows, dict(iterations='many'), dict(datasets='imagenet'),
+                       dict(tasks=['box', 'hole']), dict(measurements='first'),
+                       dict(workers=-2)],
     exp_consistency=[dict(first=-1), dict(sources=.5), dict(image_size='large')])
 bad = [(notebook, values) for notebook, more in own.items() for values in everywhere + more]
 
