@@ -62,7 +62,7 @@ class Bank:
     @torch.no_grad()
     def of(cls, prior:Diffusion, n:int, chunk=256 # most paths at once
         ) -> 'Bank':
-        "Draw `n` paths of the prior: n K network calls, the last that training makes"
+        "Draw `n` paths of the prior: n K network calls, the last that maximum likelihood makes"
         n = check_whole('n', n, hint='the number of paths')
         sizes = [min(chunk, n-i) for i in range(0, n, check_whole('chunk', chunk))]
         return cls(Trajectories.cat([prior.simulate(m) for m in sizes]), prior)

@@ -30,19 +30,46 @@ class NetDrift(Drift):
         return self.net(seen, step.t).to(step.x.dtype)
 
 # %% ../nbs/04a_drifts.ipynb #4aabc022
+class _Beside(nn.Module):
+    "An image network that is shown further channels; it does not look at them at first"
+    def __init__(self, net, channels):
+        super().__init__()
+        old = getattr(net, 'stem', None)
+        if not isinstance(old, nn.Conv2d):
+            raise ValueError(f'{type(net).__name__} has no stem to widen: features need a UNet '
+                'or a PatchTransformer')
+        args = dict(kernel_size=old.kernel_size, padding=old.padding)
+        wider = nn.Conv2d(old.in_channels + channels, old.out_channels, **args).to(old.weight)
+        with torch.no_grad():
+            zero_(wider).weight[:, :old.in_channels] = old.weight
+            wider.bias.copy_(old.bias)
+        net.stem, net.in_channels = wider, net.in_channels + channels
+        self.net, self._shown = net, None
+    def forward(self, x, t): return self.net(torch.cat([x, self._shown.to(x)], 1), t)
+
 class FineTuned(Drift):
     "The drift of a trainable copy of the prior's denoiser: its guess in place of the prior's"
     lr = 1e-4 # for the trainer's own optimiser; so is LoRA's
     @torch.inference_mode(False)
-    def __init__(self, denoiser:nn.Module # the prior's, which stays as it is
+    def __init__(self, denoiser:nn.Module, # the prior's, which stays as it is
+        *features, # Step -> (B, ...) with the image's size, beside x; none for a single y
+        channels=0 # how many the features have together
         ):
         super().__init__()
         if not any(p.is_floating_point() for p in denoiser.parameters()):
             raise ValueError(f'{type(denoiser).__name__} has no parameters to fine-tune: '
                 'use a NetDrift')
-        self.denoiser = copy.deepcopy(denoiser).requires_grad_(True)
+        channels = check_whole('channels', channels, 1 if features else 0)
+        self.denoiser, self.features = copy.deepcopy(denoiser).requires_grad_(True), features
+        if features: self.denoiser.net = _Beside(self.denoiser.net, channels)
     def forward(self, step:Step) -> Tensor:
-        return step.as_drift(self.denoiser(step.x, step.t) - step.x0_hat)
+        if not self.features:
+            return step.as_drift(self.denoiser(step.x, step.t) - step.x0_hat)
+        seen = self.denoiser.net
+        seen._shown = torch.cat([f(step) for f in self.features], 1)
+        try: guess = self.denoiser(step.x, step.t)
+        finally: seen._shown = None
+        return step.as_drift(guess - step.x0_hat)
 
 # %% ../nbs/04a_drifts.ipynb #5f739d7a
 def attention_or_convolution(name:str, layer:nn.Module) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['mean_error', 'PixelError', 'noised_guesses', 'error_loss', 'train_error', 'save_error', 'load_error']
 
 # %% ../nbs/06b_errors.ipynb #f113682d
-import json
+import copy, json
 from importlib.resources import files
 from pathlib import Path
 import torch
@@ -51,10 +51,10 @@ def _network(shape, net:dict=None) -> tuple: # the network, and all its argument
 def _whose(denoiser) -> dict:
     "The fingerprint of a prior's denoiser, in mixed precision or not"
     net = getattr(denoiser, 'net', None)
-    if not isinstance(net, _InBfloat16): return fingerprint(prior=denoiser)
-    denoiser.net = net.net
-    try: return fingerprint(prior=denoiser)
-    finally: denoiser.net = net
+    if isinstance(net, _InBfloat16):
+        denoiser = copy.copy(denoiser)
+        denoiser._modules = denoiser._modules | dict(net=net.net)
+    return fingerprint(prior=denoiser)
 
 # %% ../nbs/06b_errors.ipynb #ee604f5a
 class PixelError(nn.Module):

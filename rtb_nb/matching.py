@@ -12,15 +12,15 @@ from torch import Tensor
 from .denoise import bcast
 from .errors import PixelError
 from .guidance import MomentMatching, ProximalMatching
-from .operators import Mask
+from .operators import LinearOperator, Mask, _no_autocast
 from .posterior import Step
 from .schedule import check_number, check_whole
 
 # %% ../nbs/10a_matching.ipynb #d92a0d2c
 def _linear(op, x):
     "A x, without the operator's offset"
-    offset = getattr(op, 'offset', None)
-    return op(x) - (0. if offset is None else offset.to(x))
+    if not isinstance(op, LinearOperator): return op(x) - op(torch.zeros_like(x[:1]))
+    with _no_autocast(x): return op.linear(op.by_block(x)).reshape(len(x), *op.out_shape)
 
 def _dot(u, v): return (u*v).flatten(1).sum(1).reshape(-1, *[1]*(u.ndim-1))
 

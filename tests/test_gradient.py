@@ -1,4 +1,6 @@
 "The path form of the gradient: equal to one graph of all steps, whatever drifts there are"
+import subprocess, sys
+
 import pytest, torch
 from torch import nn
 
@@ -109,3 +111,23 @@ def test_trainer_learns_counts_and_resumes(posterior, tmp_path):
 def test_what_the_path_form_cannot_do_is_refused(posterior, behaviour, options):
     with pytest.raises(ValueError, match='path form'):
         PathTrainer(posterior, behaviour(posterior), **options)
+
+MEASURED = '''
+import resource, torch
+from rtb_nb.behaviours import OnPolicy
+from rtb_nb.beds import small_lens
+from rtb_nb.gradient import PathTrainer
+from rtb_nb.guidance import MomentMatching
+from rtb_nb.train import image_drifts
+torch.manual_seed(0)
+problem = small_lens({steps})
+q = problem.posterior(image_drifts(problem, MomentMatching(.1), width=16, depth=1))
+PathTrainer(q, OnPolicy(q, 4)).fit(problem.simulate(1)[1], 1, log=str)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+'''
+
+def test_memory_does_not_grow_with_the_steps():
+    "Beyond the paths themselves: the peak of a process with 400 steps over one with 50"
+    peaks = [int(subprocess.run([sys.executable, '-c', MEASURED.format(steps=K)], check=True,
+                                capture_output=True, text=True).stdout) for K in (50, 400)]
+    assert peaks[1] < 1.15*peaks[0], peaks

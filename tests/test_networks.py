@@ -21,7 +21,8 @@ nets = {'UNet': lambda **kw: UNet(8, widths=(8, 16), **kw),
         'PatchTransformer': lambda **kw: PatchTransformer(8, width=16, depth=1, stem=4, **kw)}
 forms = {'FineTuned': FineTuned,
          'LoRA': lambda d: LoRA(d, rank=2),
-         'LoRA everywhere': lambda d: LoRA(d, rank=2, layers=lambda name, layer: True)}
+         'LoRA everywhere': lambda d: LoRA(d, rank=2, layers=lambda name, layer: True),
+         'FineTuned that sees y': lambda d: FineTuned(d, measurement_feature, channels=1)}
 both = pytest.mark.parametrize('form', forms)
 
 def inpainting(net='UNet', seed=0):
@@ -42,13 +43,14 @@ def shaken(module, size=.05):
 @both
 @pytest.mark.parametrize('net', nets)
 def test_an_untrained_form_is_the_prior_to_the_bit(form, net):
-    prior = inpainting(net).prior
-    posterior = Posterior(prior, [forms[form](prior.denoiser)])
-    paths = []
-    for draw in (prior.simulate, lambda n: posterior.simulate(None, n)):
+    problem = inpainting(net)
+    prior, posterior = problem.prior, problem.posterior([forms[form](problem.prior.denoiser)])
+    y, paths = torch.zeros(1, *problem.y_shape), []
+    for draw in (prior.simulate, lambda n: posterior.simulate(y, n)):
         torch.manual_seed(1)
         paths.append(draw(3))
-    assert torch.equal(paths[0].x, paths[1].x)
+    if 'sees' in form: torch.testing.assert_close(paths[0].x, paths[1].x, rtol=0, atol=1e-4)
+    else: assert torch.equal(paths[0].x, paths[1].x)
     torch.testing.assert_close(posterior.log_ratio(paths[1]), torch.zeros(3), rtol=0, atol=1e-3)
 
 @both
@@ -145,7 +147,7 @@ def test_the_trainer_knows_the_rates_of_large_networks(form):
     t = trainer(form)
     rates = {id(p): g['lr'] for g in t.opt.param_groups for p in g['params']}
     seen = {rates[id(p)] for p in t.posterior.drifts[1].parameters()}
-    assert seen == {1e-4 if form == 'FineTuned' else 1e-3}
+    assert seen == {1e-4 if 'FineTuned' in form else 1e-3}
 
 def interrupt(line): raise KeyboardInterrupt
 

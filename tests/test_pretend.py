@@ -4,19 +4,22 @@ from functools import cache
 
 import papermill, pytest, torch
 
-from options import measured, sampler_options
+from options import bent_problem, linear_problem, measured, sampler_options
 from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
 from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths,
                               paired_log_weights)
 from rtb_nb.beds import small_lens
 from rtb_nb.behaviours import Mixture, OnPolicy
+from rtb_nb.errors import load_error, save_error, train_error
 from rtb_nb.evidence import evaluate, sandwich
 from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.gradient import PathTrainer
-from rtb_nb.guidance import MomentMatching
+from rtb_nb.guidance import Gate, MomentMatching
+from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.matching import PixelMatching, PixelProximal
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
@@ -146,6 +149,32 @@ def test_posterior_of_a_family_from_its_file(device, tmp_path):
     tau = joint_paths(problem, 2)
     assert isinstance(tau.y, Away)
     assert sandwich(load_posterior(path, problem), tau, 2)['n'] == 2
+
+def test_an_error_per_pixel_and_matching_with_it(device, tmp_path):
+    torch.manual_seed(0)
+    problem = small_lens(steps=3).to(device)
+    x = problem.prior.sample(8)
+    error, _ = train_error(problem.prior, x.cpu(), x[:4].cpu(), steps=2, batch=4, log=str,
+                           path=tmp_path/'run.safetensors')
+    save_error(error, tmp_path/'lens.error.safetensors')
+    error, y = load_error(tmp_path/'lens.safetensors', problem.prior), problem.simulate(1)[1]
+    for guide in (PixelMatching(error), PixelProximal(error, sweeps=2)):
+        posterior = problem.posterior(image_drifts(problem, guide)).to(device)
+        PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+        x0, _, log_w = posterior.draw(y, 2)
+        assert isinstance(x0, Away) and log_w.isfinite().all()
+
+@pytest.mark.parametrize('make', [linear_problem, bent_problem])
+def test_hybrids(make, device):
+    torch.manual_seed(0)
+    problem = make(steps=4).to(device)
+    y = measured(problem)
+    drifts = [Gate(DPSScore(), value=.01), PaperGate(DPSCLA(), guess_misfit, 1)]
+    posterior = problem.posterior(drifts).to(device)
+    Trainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    x = posterior.sample(y, 3)
+    assert isinstance(x, Away) and x.isfinite().all()
 
 OPTIONS = sampler_options()
 
