@@ -168,6 +168,39 @@ def test_intervals_of_wrong_samplers():
     ends = unit.cdf(few.amax(0)) - unit.cdf(few.amin(0))
     assert interval_coverage(few, unit).item() == pytest.approx(ends.mean().item(), abs=1e-9)
 
+def test_central_coverage_of_known_ranks():
+    u = ((torch.arange(1000)+.5)/1000).expand(3, -1)
+    for level in (.5, .9): assert central_coverage(u, level).tolist() == [level]*3
+    low = u < .1 # of which the upper half lies above .05
+    assert torch.allclose(central_coverage(u, .9, low), torch.tensor(.5).double())
+    assert torch.equal(central_coverage(u, .9, low), central_coverage(u[:, :100], .9))
+    images = low.reshape(3, 10, 100) # of the events' shape
+    assert torch.equal(central_coverage(u, .9, images), central_coverage(u, .9, low))
+    none = low & (torch.arange(3) != 1)[:, None]
+    assert central_coverage(u, .5, none).isnan().tolist() == [False, True, False]
+
+@pytest.mark.parametrize('n', [4, 9, 19])
+def test_central_coverage_of_exact_and_narrow_samplers(n):
+    "Pixels may be chosen by the mean of truth and samples, and not by the truth"
+    torch.manual_seed(n)
+    x = torch.randn(2000, 50, dtype=torch.float64)
+    mean = (x + torch.randn_like(x))/2
+    def drawn(scale): return mean[:, None] + (.5*scale)**.5*torch.randn(2000, n, 50).double()
+    def held(samples, level, where=None):
+        v = central_coverage(sbc(x, samples), level, where)
+        v = v[v.isfinite()]
+        return v.mean().item(), 4*(v.std()/len(v)**.5).item()
+    exact, narrow = drawn(1.), drawn(.5)
+    alike = torch.cat([x[:, None], exact], 1).mean(1) > 1
+    for level in (.5, .9):
+        for where in (None, alike):
+            found, error = held(exact, level, where)
+            assert found == pytest.approx(level, abs=error)
+        found, error = held(exact, level, x > 1)
+        assert found < level - 5*error/4
+        found, error = held(narrow, level)
+        assert found < level - 5*error/4
+
 # ---- broken samples
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
@@ -180,6 +213,9 @@ def test_diverged_samples_give_nan_not_a_verdict(value):
     assert sbc(x, draw_each(breaks, ys)).isnan().any()
     lost = torch.full((30,), math.nan)
     assert expected_coverage(lost)[1].isnan().all() and uniformity(lost).isnan()
+    ranks = torch.tensor([[.5, math.nan], [.5, .5]]) # lost, unless it does not count
+    assert central_coverage(ranks).isnan().tolist() == [True, False]
+    assert central_coverage(ranks, where=ranks.isfinite()).tolist() == [1., 1.]
     samples = torch.zeros(9, 2)
     samples[4, 1] = value
     assert interval_coverage(samples, Normal(torch.zeros(2), 1.)).isnan()
@@ -204,6 +240,10 @@ bad = [
     (lambda: expected_coverage(torch.rand(5)), ValueError, 'at least 20 simulations, got 5'),
     (lambda: expected_coverage(torch.rand(30), 1), ValueError, 'points must .* got 1'),
     (lambda: expected_coverage(torch.rand(30, 0)), ValueError, 'none per simulation'),
+    (lambda: central_coverage(torch.rand(3), 1.), ValueError, r'level .* in \(0, 1\), got 1.0'),
+    (lambda: central_coverage(torch.rand(3, 2), where=torch.ones(3, 4)), ValueError,
+     r'where must be \(3, 2\) .* got \(3, 4\)'),
+    (lambda: central_coverage(torch.full((3,), 2.)), ValueError, 'got 2.0'),
     (lambda: uniformity(torch.arange(30)), ValueError, 'got 2.0'),
     (lambda: uniformity(torch.tensor(.5)), ValueError, 'at least one value'),
     (lambda: uniformity(torch.rand(30), 0), ValueError, 'terms must be .* got 0'),

@@ -25,17 +25,18 @@ def execute(cells, folder, **values):
             names |= dict(out=str(folder/'results')) | values
     return names
 
-everywhere = [dict(budget='nope'), dict(noise_std=-1), dict(noise_std='loud'), dict(batch=2.5),
-              dict(device='abacus')]
+everywhere = [dict(budget='nope'), dict(batch=2.5), dict(device='abacus')]
+noise = [dict(noise_std=-1), dict(noise_std='loud')]
 rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5]),
         dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4)]
 own = dict(
-    exp_lensing=[*rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
-    exp_forms=[*rows, dict(iterations='many')],
-    exp_unconditional=[*rows, dict(iterations='many'), dict(datasets='imagenet'),
+    exp_lensing=[*noise, *rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
+    exp_forms=[*noise, *rows, dict(iterations='many')],
+    exp_unconditional=[*noise, *rows, dict(iterations='many'), dict(datasets='imagenet'),
                        dict(tasks=['box', 'hole']), dict(measurements='first'),
                        dict(workers=-2)],
-    exp_consistency=[dict(first=-1), dict(sources=.5), dict(image_size='large')])
+    exp_consistency=[dict(methods='XYZ'), dict(draws=.5), dict(n_samples=-4),
+                     dict(refined='all'), dict(seed=-1)])
 bad = [(notebook, values) for notebook, more in own.items() for values in everywhere + more]
 
 @pytest.fixture(autouse=True)
