@@ -36,7 +36,8 @@ def test_exact_passes_and_a_tenth_is_seen(exact, scale, rejected):
     tau = problem.prior.simulate(200)
     names = dict(tau=tau, xs=tau.x0, ys=problem.likelihood(tau.x0).sample(), found={})
     exec(source(cells('exp_consistency')[0]), names)
-    names |= dict(problem_of=lambda i: problem, rows={'row': lambda p, y: Exact(p, *rest, scale)},
+    rows = {'row': lambda p, y: Exact(p, *rest, scale)}
+    names |= dict(problem_of=lambda i: problem, rows=rows,
                   settings=AttrDict(draws=200, n_samples=9))
     exec(cell('def judge(row)'), names)
     metrics = names['judge']('row')
