@@ -127,7 +127,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 '''
 
 def test_memory_does_not_grow_with_the_steps():
-    "Beyond the paths themselves: the peak of a process with 400 steps over one with 50"
+    "Beyond the paths themselves: the peak of a process with 200 steps over one with 25"
     peaks = [int(subprocess.run([sys.executable, '-c', MEASURED.format(steps=K)], check=True,
-                                capture_output=True, text=True).stdout) for K in (50, 400)]
+                                capture_output=True, text=True).stdout) for K in (25, 200)]
     assert peaks[1] < 1.15*peaks[0], peaks

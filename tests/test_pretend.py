@@ -196,9 +196,12 @@ def declared(notebook): return set(papermill.inspect_notebook(notebook))
 SEPARATE = {'bench_rtb'} # measures the memory and the time of processes of their own
 TUTORIALS = [p for p in notebooks() if p.is_relative_to(NBS/'tutorials')]
 PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in declared(p)]
-ONCE = {'exp_conditional'} # its second run differs in its task alone
-RUNS = [(p, values) for p in PLACED
-        for values in SMALLEST.get(name(p), [{}])[:1 if name(p) in ONCE else None]]
+LESS = dict( # rows that between them make every move of the longer ones
+    exp_conditional=dict(methods=['guidance', 'RTB+DPS']),
+    exp_consistency=dict(methods='refined on each'),
+    exp_lensing=dict(methods=['CLA', 'and both']))
+RUNS = [(p, values | LESS.get(name(p), {})) for p in PLACED
+        for values in SMALLEST.get(name(p), [{}])[:1 if name(p) in LESS else None]]
 
 def test_every_experiment_and_bench_takes_a_device():
     assert {name(p) for p in experiments() + benchmarks() if p not in PLACED} <= SEPARATE
