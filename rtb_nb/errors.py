@@ -17,8 +17,8 @@ from .denoise import Denoiser, bcast
 from .diffusion import Diffusion
 from .networks import _InBfloat16
 from .posterior import gradients
-from .priors import _check_data, _known, _nets, _report, _resumed, _rounded, _save_run
-from .priors import learning_rate
+from .priors import (_check_data, _descend, _known, _nets, _noised, _report, _resumed,
+    _rounded, _save_run, learning_rate)
 from .schedule import check_number, check_whole, widest
 
 # %% ../nbs/06b_errors.ipynb #6069fb4f
@@ -87,10 +87,7 @@ class PixelError(nn.Module):
 def noised_guesses(denoiser, x0:Tensor # clean images (B, ...)
     ) -> tuple: # x0, x_t, x0_hat (B, ...), and t (B,)
     "Images at one random time each, and what the denoiser guesses of them"
-    t = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-    t = t/len(x0)
-    a, s = (bcast(c, x0) for c in denoiser.schedule(t))
-    x = a*x0 + s*torch.randn_like(x0)
+    t, _, x = _noised(denoiser.schedule, x0)
     return x0, x, torch.cat([denoiser(*part) for part in zip(x.split(256), t.split(256))]), t
 
 # %% ../nbs/06b_errors.ipynb #f18c717b
@@ -108,14 +105,7 @@ def _held_out(error, noised) -> float:
     parts = zip(*(v.split(256) for v in noised))
     return torch.cat([error_loss(error, *part) for part in parts]).double().mean().item()
 
-def _error_step(error, noised, opt) -> float:
-    "One gradient step; returns the loss before it"
-    loss = error_loss(error, *noised).mean()
-    opt.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(error.net.parameters(), 1.)
-    opt.step()
-    return loss.item()
+
 
 # %% ../nbs/06b_errors.ipynb #7bbce855
 def train_error(prior:Diffusion,
@@ -150,7 +140,8 @@ def train_error(prior:Diffusion,
             for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr, 50)
             x0 = data[torch.randint(len(data), (batch,))].to(device)
             x0 = augment(x0) if augment else x0
-            run['recent'].append(_error_step(error, noised_guesses(denoiser, x0), opt))
+            loss = error_loss(error, *noised_guesses(denoiser, x0)).mean()
+            run['recent'].append(_descend(loss, error.net, opt))
             run['step'] += 1
             if run['step'] % every and run['step'] != steps: continue
             _report(run, _held_out(error, noised), lr, path, log)

@@ -9,7 +9,7 @@ __all__ = ['LensFamily', 'random_lens', 'LensBank', 'outside']
 import math
 from dataclasses import dataclass
 import torch
-from torch import nn, Tensor
+from torch import nn
 from .lensing import Lens
 from .likelihood import Likelihood
 from .schedule import check_whole

@@ -7,13 +7,12 @@ __all__ = ['denoising_loss', 'held_out_loss', 'learning_rate', 'train_prior', 's
 
 # %% ../nbs/06_priors.ipynb #3e3c3c89
 import copy, inspect, json, math
-from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import check_fingerprint, fingerprint, flat_state, load_state
-from .checkpoints import load_tensors, save_tensors
+from .checkpoints import load_tensors, save_tensors, shipped_file, shipped_names
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Diffusion
 from .networks import PatchTransformer, UNet, VectorNet, _mixed, in_bfloat16
@@ -21,14 +20,20 @@ from .posterior import gradients
 from .schedule import VE, Bridge, Cosine, Linear, Tabulated, check_number, check_whole
 
 # %% ../nbs/06_priors.ipynb #0aa98641
-def denoising_loss(denoiser, x0:Tensor # clean images (B, ...)
-    ) -> Tensor: # (B,) mean squared error per pixel of the network's target
-    "The network's error at one random time per image (Ho et al. 2020, eq. 14)"
+def _noised(schedule, x0:Tensor # clean images (B, ...)
+    ) -> tuple: # times (B,), noise and noised images (B, ...)
+    "Each image at a random time of its own, the times of a batch spread evenly"
     t = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
     t = t/len(x0)
     eps = torch.randn_like(x0)
-    a, s = (c.reshape(-1, *[1]*(x0.ndim-1)) for c in denoiser.schedule(t))
-    error = denoiser.answer(a*x0 + s*eps, t) - denoiser.target(x0, eps, t)
+    a, s = (c.reshape(-1, *[1]*(x0.ndim-1)) for c in schedule(t))
+    return t, eps, a*x0 + s*eps
+
+def denoising_loss(denoiser, x0:Tensor # clean images (B, ...)
+    ) -> Tensor: # (B,) mean squared error per pixel of the network's target
+    "The network's error at one random time per image (Ho et al. 2020, eq. 14)"
+    t, eps, x = _noised(denoiser.schedule, x0)
+    error = denoiser.answer(x, t) - denoiser.target(x0, eps, t)
     return error.square().flatten(1).mean(1)
 
 # %% ../nbs/06_priors.ipynb #9bfbb595
@@ -41,15 +46,20 @@ def held_out_loss(denoiser, x0, draws=4, seed=2503) -> float:
         return torch.cat(losses).double().mean().item()
 
 # %% ../nbs/06_priors.ipynb #308cedee
+def _descend(loss:Tensor, # a scalar
+    module, opt) -> float:
+    "One gradient step on a module's parameters; returns the loss before it"
+    opt.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.)
+    opt.step()
+    return loss.item()
+
 def _train_step(denoiser, x0:Tensor, # a batch of clean images
     opt, dtype=torch.float32) -> float:
     "One gradient step; returns the loss before it"
     with _mixed(x0.device, dtype): loss = denoising_loss(denoiser, x0).mean()
-    opt.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.)
-    opt.step()
-    return loss.item()
+    return _descend(loss, denoiser, opt)
 
 # %% ../nbs/06_priors.ipynb #ed6e95cc
 def learning_rate(step, steps, peak, warmup=200):
@@ -277,23 +287,9 @@ def save_prior(denoiser:Denoiser, path, # a name that ends in .safetensors; the 
 # %% ../nbs/06_priors.ipynb #0c8606aa
 def shipped_priors() -> list:
     "Names of the priors that come with the package"
-    names = {p.name for p in (files('rtb_nb')/'assets').iterdir()}
-    stems = (n.removesuffix('.safetensors') for n in names if n.endswith('.safetensors'))
-    return sorted(s for s in stems if '.' not in s and f'{s}.json' in names) # with a card
+    return shipped_names('.safetensors')
 
 # %% ../nbs/06_priors.ipynb #96dc08f0
-def _prior_file(name) -> Path:
-    "The file of a prior, by its path or its name"
-    path = Path(name).expanduser()
-    if path.is_file(): return path
-    if path.suffix or len(path.parts) > 1:
-        raise FileNotFoundError(f'there is no prior file {path}')
-    if str(name) not in shipped_priors():
-        raise ValueError(f'unknown prior {str(name)!r}: shipped are {shipped_priors()}, '
-            'or give the path of a .safetensors file')
-    return files('rtb_nb')/'assets'/f'{name}.safetensors'
-
-# %% ../nbs/06_priors.ipynb #da64fe22
 @torch.inference_mode(False)
 def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that save_prior wrote
     steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
@@ -303,7 +299,7 @@ def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that sa
     "A prior with its card in `prior.card`"
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f'dtype must be torch.float32 or torch.bfloat16, got {dtype}')
-    path = _prior_file(name)
+    path = shipped_file(name, 'prior')
     tensors, card = load_tensors(path)
     wanted = {'net', 'kind', 'schedule', 'shape'} - card.keys()
     wanted |= {f'error.{k}' for k in _measured} - tensors.keys()

@@ -7,13 +7,13 @@ __all__ = ['source_view', 'family_drifts', 'gentle_optimiser', 'save_posterior',
 
 # %% ../nbs/14c_shipped.ipynb #144e1dac
 import json, warnings
-from importlib.resources import files
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .amortise import Bank, _bank_belongs
-from .checkpoints import check_fingerprint, load_state, load_tensors, save_tensors
+from .amortise import _bank_belongs
+from .checkpoints import (check_fingerprint, load_state, load_tensors, save_tensors,
+    shipped_file, shipped_names)
 from .denoise import bcast
 from .errors import load_error
 from .families import LensFamily, outside
@@ -94,20 +94,7 @@ def save_posterior(posterior:Posterior, # made of `family_drifts`
 # %% ../nbs/14c_shipped.ipynb #7a6dbae6
 def shipped_posteriors() -> list:
     "Names of the posteriors that come with the package"
-    end = '.posterior.safetensors'
-    names = (p.name for p in (files('rtb_nb')/'assets').iterdir())
-    return sorted(n.removesuffix(end) for n in names if n.endswith(end))
-
-def _posterior_file(name) -> Path:
-    "The file of a posterior, by its path or its name"
-    path = Path(name).expanduser()
-    if path.is_file(): return path
-    if path.suffix or len(path.parts) > 1:
-        raise FileNotFoundError(f'there is no posterior file {path}')
-    if str(name) not in shipped_posteriors():
-        raise ValueError(f'unknown posterior {str(name)!r}: shipped are '
-            f'{shipped_posteriors()}, or give the path of a .posterior.safetensors file')
-    return files('rtb_nb')/'assets'/f'{name}.posterior.safetensors'
+    return shipped_names('.posterior.safetensors')
 
 # %% ../nbs/14c_shipped.ipynb #5b24daa9
 @torch.inference_mode(False)
@@ -115,7 +102,7 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     problem:InverseProblem # the reader's, on the prior and chain that it was trained on
     ) -> Posterior: # on the prior's device, with its card in `posterior.card`
     "The drifts of a file as a posterior of this problem; a warning where it lies outside"
-    path = _posterior_file(name)
+    path = shipped_file(name, 'posterior', '.posterior.safetensors')
     tensors, card = load_tensors(path)
     if not {'recipe', 'belongs'} <= card.keys():
         raise ValueError(f'{path} holds no posterior: write one with save_posterior')
@@ -125,5 +112,5 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     posterior.card = card
     if 'family' in card and (odd := outside(LensFamily(**card['family']), problem.likelihood)):
         warnings.warn(f'{Path(path).name} was trained on other lenses: {"; ".join(odd)}. Judge '
-            'it by its bounds, and refine it on this measurement', stacklevel=2)
+            'it by its bounds, and refine it on this measurement', stacklevel=3)
     return posterior.to(problem.prior.device)

@@ -10,7 +10,7 @@ from rtb_nb.behaviours import OnPolicy
 from rtb_nb.denoise import Denoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.drifts import NetDrift
-from rtb_nb.gradient import PathTrainer, path_form
+from rtb_nb.gradient import PathTrainer
 from rtb_nb.guidance import CLA, Gate, measurement_feature
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, gram_diagonal, guess_misfit
 from rtb_nb.imaging import gaussian_blur, motion_kernel, random_mask
@@ -20,7 +20,7 @@ from rtb_nb.nonlinear import Compose, FourierMagnitude, NonlinearBlur
 from rtb_nb.operators import Identity, Matrix
 from rtb_nb.schedule import VE
 from rtb_nb.train import Trainer
-from test_gradient import gradient, whole_graph
+from test_gradient import check_adjoint
 
 SHAPE = (1, 12, 12)
 
@@ -147,16 +147,7 @@ Y = torch.tensor([[.9]])
 @pytest.mark.parametrize('bent', [False, True])
 @pytest.mark.parametrize('name', HYBRIDS)
 def test_path_form_is_the_gradient_of_the_whole_graph(name, bent):
-    posterior = hybrid(name, bent)
-    tau = posterior.simulate(Y, 32)
-    log_w = whole_graph(posterior, tau)
-    (-log_w.mean()).backward()
-    whole = gradient(posterior)
-    torch.testing.assert_close(path_form(posterior, tau), log_w.detach(), atol=1e-3, rtol=1e-4)
-    adjoint = gradient(posterior)
-    assert (adjoint-whole).norm() < 1e-4*whole.norm()
-    scored = posterior.log_weight(tau).detach()
-    torch.testing.assert_close(scored, log_w.detach(), atol=1e-3, rtol=1e-4)
+    check_adjoint(hybrid(name, bent), atol=1e-3, rtol=1e-4)
 
 @pytest.mark.parametrize('drift', [DPSScore(math.inf), DPSCLA(math.inf)])
 @pytest.mark.parametrize('make', [linear_problem, bent_problem])

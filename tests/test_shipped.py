@@ -2,7 +2,7 @@
 import copy, json
 import pytest, torch
 from rtb_nb.amortise import Bank, Family, MaximumLikelihood
-from rtb_nb.beds import plane, small_lens
+from rtb_nb.beds import small_lens
 from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.imaging import block_average
 from rtb_nb.lensing import Lens
@@ -37,7 +37,9 @@ def test_another_operator_is_taken_and_another_prior_refused(posterior, problem,
     path = tmp_path/'a.posterior.safetensors'
     save_posterior(posterior, path, recipe, dict(family=dict(size=16)))
     other = InverseProblem(problem.prior, Likelihood(Lens(16, einstein_radius=.7), .05))
-    with pytest.warns(UserWarning, match='einstein_radius 0.7'): load_posterior(path, other)
+    with pytest.warns(UserWarning, match='einstein_radius 0.7') as said:
+        load_posterior(path, other)
+    assert said[0].filename == __file__ # it points at who asked
     inside = InverseProblem(problem.prior, Likelihood(Lens(16), .05))
     assert drawn(load_posterior(path, inside), inside).isfinite().all()
     moved = copy.deepcopy(problem)
