@@ -28,11 +28,18 @@ class Samples(Described):
     calls:int=0 # images that went through the network
     gradients:int=0 # how many of them were differentiated
     log_z:Tensor=None # estimates of log p(y), one per particle filter, where there are any
+    amortised:int=0 # images that went through an amortiser, see `lavps`
     def describe(self) -> dict:
         facts = {'samples': len(self.x), 'events': tuple(self.x.shape[1:])}
         facts |= {'calls': f'{self.calls:,}', 'gradients': f'{self.gradients:,}'}
+        if self.amortised: facts['amortised'] = f'{self.amortised:,}'
         if self.log_z is not None: facts['mean log Z'] = f'{self.log_z.mean():.2f}'
         return facts | {'tensors': kind_of(self.x)}
+    def units(self, share=1. # cost of the amortiser's call, in forwards of the prior's network
+        ) -> float:
+        "Cost of one sample in forwards of the prior's network; a backward counts as two"
+        share = check_number('share', share, '[0, inf)')
+        return (self.calls + 2*self.gradients + share*self.amortised)/len(self.x)
 
 # %% ../nbs/11_samplers.ipynb #4a82403c
 class CallCounter:
