@@ -34,6 +34,10 @@ class PerSample(LinearOperator):
         raise ValueError(f'a batch of {len(v)} does not go round {self.members} operators: '
             'give each the same number of samples, y.repeat_interleave(k, 0), or take the '
             'operators of this batch, op[index]')
+    def by_sample(self, name, like:Tensor # (n, ...)
+        ) -> Tensor: # (n, ...)
+        "The members' array `name`, each sample's own, in the precision and place of a batch"
+        return self.cast(name, like).repeat_interleave(self.spread(like).shape[1], 0)
     def chosen(self, index) -> Tensor: # whole numbers
         "The members that an index means"
         try: i = torch.arange(self.members)[index]
@@ -56,10 +60,6 @@ class _Diagonal(PerSample):
         super().__init__(len(power), in_shape, in_shape)
         self.register_buffer('power', power, persistent=False)
         self.register_buffer('seen', power > 0, persistent=False)
-    def by_sample(self, name, like) -> Tensor: # (n, *out_shape), or (B, ...) as it is
-        "An array of the members for each sample of a batch"
-        v = self.cast(name, like)
-        return v.repeat_interleave(self.spread(like).shape[1], 0)
     def row_power(self, like:Tensor # measurements (n, *out_shape)
         ) -> Tensor: # (n, *out_shape)
         "The diagonal of A A^T, for each sample"
@@ -133,9 +133,8 @@ class BlockAverages(_Diagonal):
         R, C = self.sides(y)
         return (R.mT @ self.spread(y.unflatten(1, self.in_shape)) @ C).flatten(2).flatten(0, 1)
     def column_power(self, like): # a pixel is in one tile, with weight 1/f^2
-        f = self.cast('factors', like)**-4.
-        v = f.repeat_interleave(self.spread(like).shape[1], 0)
-        return v.reshape(-1, *[1]*len(self.in_shape)).expand(-1, *self.in_shape)
+        f = self.by_sample('factors', like)[:, None, None, None]
+        return (f**-4.).expand(-1, *self.in_shape)
 
 # %% ../nbs/07d_per_sample.ipynb #8bacdbab
 class Blurs(PerSample):
@@ -165,7 +164,8 @@ class Blurs(PerSample):
         x = x[..., self.cast('rows', x), :][..., self.cast('cols', x)]
         return self.joined(_Correlation.apply(x, self.cast('kernels', x)))
     def transpose(self, y):
-        wide, (H, W) = _correlate_back(self.apart(y), self.cast('kernels', y)), self.in_shape[1:]
+        H, W = self.in_shape[1:]
+        wide = _correlate_back(self.apart(y), self.cast('kernels', y))
         high = wide.new_zeros(*wide.shape[:-1], W).index_add(-1, self.cast('cols', y), wide)
         x = high.new_zeros(*high.shape[:-2], H, W)
         return self.joined(x.index_add(-2, self.cast('rows', y), high))
