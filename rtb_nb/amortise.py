@@ -16,7 +16,7 @@ from torch import Tensor
 from .behaviours import Behaviour
 from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tensors
 from .diffusion import Diffusion, Trajectories
-from .likelihood import InverseProblem, Likelihood
+from .likelihood import InverseProblem, Likelihood, together, whole_batch
 from .posterior import Posterior
 from .schedule import check_whole
 from .train import Trainer
@@ -40,6 +40,7 @@ def paired_log_weights(posterior:Posterior,
     chunk = check_whole('chunk', chunk)
     if tau.y is None: raise ValueError('these paths carry no measurement: use joint_paths')
     M = len(tau)
+    chunk = whole_batch(posterior.likelihood, M*n, chunk)
     joint = [posterior.log_weight(tau[i:i+chunk]) for i in range(0, M, chunk)]
     y = tau.y.repeat_interleave(n, 0)
     own = [posterior.draw(part, len(part))[2] for part in y.split(chunk)]
@@ -202,7 +203,7 @@ class Joint(Behaviour):
         likelihood = another(self.posterior.likelihood)
         joint = self.bank.measured_paths(likelihood, self.measurements)
         y = joint.y.repeat_interleave(self.n, 0)
-        return Trajectories.cat([self.posterior.simulate(y, len(y)), joint])
+        return together(likelihood, [self.posterior.simulate(y, len(y)), joint])
 
 # %% ../nbs/14a_amortise.ipynb #98a50c52
 class Fresh(torch.nn.Module):

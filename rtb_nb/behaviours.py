@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn, Tensor
 from .diffusion import Trajectories
+from .likelihood import together
 from .posterior import Posterior
 from .schedule import check_number, check_whole
 
@@ -143,7 +144,8 @@ class Mixture(nn.Module):
         if len(steps := {tau.steps for tau in parts}) > 1:
             raise ValueError('the behaviours of a mixture gave paths of '
                              f'{sorted(steps)} steps: make them of one posterior')
-        return Trajectories.cat(parts)
+        of = next((b.posterior for b in self.behaviours if hasattr(b, 'posterior')), None)
+        return together(getattr(of, 'likelihood', None), parts)
 
 # %% ../nbs/12_behaviours.ipynb #5c49e85a
 def shares(n:int, # paths to share out

@@ -99,9 +99,10 @@ def resampled_eubo(log_w, # log-weights of prior paths under the sampler, (n,)
 # %% ../nbs/15_evidence.ipynb #6b35d686
 def residual_chi2(y, # measurement, (B, ...) or (1, ...)
     mean, # the operator's output for each sample, (B, ...)
-    noise_std # in units of y; a number, or a tensor that broadcasts with y
+    noise_std, # in units of y; a number, or a tensor that broadcasts with y
+    seen=None # (B, ...) bool, where y counts: `likelihood.seen(mean)`; None: everywhere
     ) -> Tensor: # (B,)
-    "Reduced chi2 of each sample's residual: |y - A x|^2 / (m sigma^2)"
+    "Reduced chi2 of each sample's residual: |y - A x|^2 / (m sigma^2), m what is seen"
     y, mean, noise_std = (as_double(v) for v in (y, mean, noise_std))
     bad = noise_std[~((noise_std > 0) & noise_std.isfinite())]
     if len(bad):
@@ -110,7 +111,12 @@ def residual_chi2(y, # measurement, (B, ...) or (1, ...)
     if y.shape[1:] != mean.shape[1:] or len(y) not in (1, len(mean)) or mean.ndim < 2:
         raise ValueError(f'y must be (B, ...) or (1, ...) for a mean of shape '
                          f'{tuple(mean.shape)}, got {tuple(y.shape)}')
-    return ((y-mean)/noise_std).square().flatten(1).mean(1)
+    square = ((y-mean)/noise_std).square()
+    if seen is None: return square.flatten(1).mean(1)
+    if seen.shape != mean.shape: raise ValueError('seen must have the shape of the mean, '
+        f'{tuple(mean.shape)}, got {tuple(seen.shape)}')
+    seen = seen.to(square.device).flatten(1)
+    return (square.flatten(1)*seen).sum(1)/seen.sum(1)
 
 # %% ../nbs/15_evidence.ipynb #5fa6bdf7
 def posterior_mean_error(samples, # (n, ...)
@@ -180,7 +186,9 @@ def score_samples(problem, # an `InverseProblem`
                    pixel_std=as_double(x).std(0).mean() if n > 1 else None,
                    diversity=diversity(x) if n > 1 else None)
     if problem.likelihood.std is not None:
-        chi2 = [residual_chi2(y, problem.operator(part), problem.noise_std) for part in parts]
+        means = [problem.operator(part) for part in parts]
+        chi2 = [residual_chi2(y, mean, problem.noise_std, problem.likelihood.seen(mean))
+                for mean in means]
         numbers['chi2'] = torch.cat(chi2).mean()
     if truth is not None:
         numbers |= _beside_truth(problem, x, y, torch.as_tensor(truth).to(x), perceptual, chunk)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from .behaviours import OnPolicy
 from .diffusion import Trajectories
+from .likelihood import whole_batch
 from .posterior import Posterior, gradients
 from .schedule import check_whole
 from .train import Trainer
@@ -36,7 +37,8 @@ def path_form(posterior:Posterior, tau:Trajectories, # its own paths, as it is n
     ) -> Tensor: # log-weights (B,)
     "Add the gradient of minus the mean log-weight to the drifts' parameters, through the paths"
     problem, share, found = posterior.problem, 1/len(tau), []
-    parts = [tau[i:i+chunk] for i in range(0, len(tau), check_whole('chunk', chunk))]
+    chunk = whole_batch(problem.likelihood, len(tau), check_whole('chunk', chunk))
+    parts = [tau[i:i+chunk] for i in range(0, len(tau), chunk)]
     with gradients('the path form'):
         for part in parts:
             end = part.x0.detach().requires_grad_()

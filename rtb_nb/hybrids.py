@@ -12,6 +12,7 @@ import torch
 from torch import nn, Tensor
 from .guidance import Guidance, _constant, _guess_gradient, _leaf
 from .networks import TimeEmbedding, zero_
+from .per_sample import PerSample
 from .posterior import Drift, Step, gradients
 from .schedule import check_number, check_whole
 
@@ -77,6 +78,7 @@ def gram_diagonal(operator, x0:Tensor, # where (B, ...)
     ) -> Tensor: # shaped to multiply y
     "Diagonal of J J^T, where J is the operator's derivative at `x0`; no network is called"
     probes = check_whole('probes', probes, hint='each is one pass of the operator')
+    if isinstance(operator, PerSample): return operator.row_power(y)
     if hasattr(operator, 'adjoint'): return _linear_diagonal(operator, y)
     return _probed_diagonal(operator, x0, probes)
 
@@ -132,4 +134,4 @@ class PaperGate(Drift):
 def guess_misfit(step:Step) -> Tensor: # (B, 1)
     "Feature for a `PaperGate`: logarithm of one plus the chi2 of the guess's residual"
     residual = (step.y - step.likelihood.operator(step.x0_hat))/step.likelihood.noise_std
-    return _constant(step, residual.square().flatten(1).mean(1, keepdim=True)).log1p()
+    return _constant(step, step.likelihood.mean_seen(residual.square())[:, None]).log1p()

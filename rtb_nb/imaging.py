@@ -134,7 +134,7 @@ class _Correlation(torch.autograd.Function):
     "conv2d whose gradient is a conv2d again, and so as fast"
     generate_vmap_rule = True
     @staticmethod
-    def forward(x, kernel): return F.conv2d(x, kernel)
+    def forward(x, kernel): return F.conv2d(x, kernel, groups=len(kernel))
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[1])
     @staticmethod

@@ -13,6 +13,7 @@ from .denoise import bcast
 from .errors import PixelError
 from .guidance import MomentMatching, ProximalMatching
 from .operators import LinearOperator, Mask, _no_autocast
+from .per_sample import _Diagonal
 from .posterior import Step
 from .schedule import check_number, check_whole
 
@@ -64,8 +65,9 @@ def weighted_solve(op, # linear
     sweeps=60, # at most
     tolerance=1e-4 # of the residual's norm, each sample's by itself
     ) -> Tensor: # (B, *out_shape)
-    "(A R A^T + b I)^-1 v, differentiable in v and R; exact for masks"
+    "(A R A^T + b I)^-1 v, differentiable in v and R; exact for masks and means of tiles"
     if isinstance(op, Mask): return v/(op(r2) + b)
+    if isinstance(op, _Diagonal): return v/(op.row_power(v)*op(r2) + b)
     return _Solve.apply(v, r2, op, b, sweeps, tolerance)
 
 # %% ../nbs/10a_matching.ipynb #dfbc9905

@@ -28,6 +28,8 @@ def _fit(outer, inner):
         if is_physics(f):
             remedy = 'wrap it in as_operator first'
             raise TypeError(f"deepinv's {name} adds noise when it is called: {remedy}")
+        if isinstance(f, LinearOperator) and hasattr(f, '__len__'):
+            raise TypeError(f'Compose takes one operator, and {name} holds {len(f)}')
     given, taken = getattr(inner, 'out_shape', None), getattr(outer, 'in_shape', None)
     if given and taken and tuple(given) != tuple(taken):
         raise ValueError(f'inner gives {given} but outer takes {taken}: these do not fit')

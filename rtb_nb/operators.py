@@ -77,6 +77,7 @@ def _no_autocast(v):
 class LinearOperator(nn.Module):
     "y = A x + offset; a subclass defines `linear` (B, n) -> (B, m) and `transpose`"
     blocks = 1 # A is this many equal blocks along its diagonal; n and m are a block's
+    members = 1 # operators that it holds, each for its own part of a batch
     def __init__(self, in_shape, # of x, without the batch
         out_shape, # of y, without the batch
         offset=None): # added to A x: a number, or an array that broadcasts to `out_shape`
@@ -154,9 +155,9 @@ def _event_shapes(sizes, in_shape, out_shape) -> tuple:
 
 # %% ../nbs/07_operators.ipynb #caaef476
 def adjoint_error(operator, dtype=torch.float64) -> float:
-    "Largest relative error of <A x, y> = <x, A^T y> over eight random pairs"
-    at = dict(dtype=dtype, device=operator.offset.device)
-    x, y = torch.randn(8, *operator.in_shape, **at), torch.randn(8, *operator.out_shape, **at)
+    "Largest relative error of <A x, y> = <x, A^T y> over eight random pairs for each member"
+    at, n = dict(dtype=dtype, device=operator.offset.device), 8*operator.members
+    x, y = torch.randn(n, *operator.in_shape, **at), torch.randn(n, *operator.out_shape, **at)
     Ax = (operator(x) - operator.offset.to(dtype)).flatten(1)
     Aty = operator.adjoint(y).flatten(1)
     x, y = x.flatten(1), y.flatten(1)

@@ -120,13 +120,13 @@ def step_log_ratio(self:Posterior, tau:Trajectories, ks # the steps to score (S,
     ) -> Tensor: # (S, B)
     "log q - log p of single steps of a path, differentiable in the drifts"
     ks = torch.as_tensor(ks, device=tau.x.device)
-    flat = lambda v: v.flatten(0, 1)
-    k = ks.repeat_interleave(len(tau))
-    y = None if tau.y is None else tau.y.repeat(len(ks), *[1]*(tau.y.ndim-1))
+    flat = lambda v: v.transpose(0, 1).flatten(0, 1)
+    k = ks.repeat(len(tau))
+    y = None if tau.y is None else tau.y.repeat_interleave(len(ks), 0)
     x, following, x0_hat = flat(tau.x[ks]), flat(tau.x[ks+1]), flat(tau.x0_hat[ks])
     u = self.drift(x, k, y, x0_hat)
     z = (following - self.mean(x, k, x0_hat))/self.chain.at('std', k, x)
-    return (u*(z - u/2)).flatten(1).sum(1).unflatten(0, (len(ks), len(tau)))
+    return (u*(z - u/2)).flatten(1).sum(1).unflatten(0, (len(tau), len(ks))).T
 
 # %% ../nbs/03a_posterior.ipynb #5b4da5ee
 @patch
