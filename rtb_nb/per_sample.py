@@ -124,14 +124,13 @@ class BlockAverages(_Diagonal):
             self.register_buffer(name, v.clone(), persistent=False)
     def __getitem__(self, index):
         return BlockAverages(self.factors[self.chosen(index)], self.in_shape)
-    def sides(self, like): # (B, 1, 1, H, H) and (B, 1, 1, W, W)
-        return (self.cast(name, like)[:, None, None] for name in ('rows', 'cols'))
-    def linear(self, x):
-        R, C = self.sides(x)
-        return (R @ self.spread(x.unflatten(1, self.in_shape)) @ C.mT).flatten(2).flatten(0, 1)
-    def transpose(self, y):
-        R, C = self.sides(y)
-        return (R.mT @ self.spread(y.unflatten(1, self.in_shape)) @ C).flatten(2).flatten(0, 1)
+    def _between(self, equation, v):
+        "Rows and columns of every channel times the members' matrices"
+        u = self.spread(v.unflatten(1, self.in_shape)).flatten(1, 2)
+        u = torch.einsum(equation, self.cast('rows', v), u, self.cast('cols', v))
+        return u.reshape(v.shape)
+    def linear(self, x): return self._between('bhi,bnij,bwj->bnhw', x)
+    def transpose(self, y): return self._between('bhi,bnhw,bwj->bnij', y)
     def column_power(self, like): # a pixel is in one tile, with weight 1/f^2
         f = self.by_sample('factors', like)[:, None, None, None]
         return (f**-4.).expand(-1, *self.in_shape)
@@ -195,14 +194,13 @@ def gram_solve(self:Blurs, v, a, b):
     check_batch(v, self.out_shape, 'v')
     v = at_least_single(v)
     values, vectors = self.cast('eigs', v)
-    u = self.spread(v).flatten(3)
-    a, b = (_per_sample(c, v, name).expand(len(v), 1).reshape(*u.shape[:2], 1, 1)
+    u, channels = self.spread(v).flatten(3).flatten(1, 2), self.in_shape[0]
+    a, b = (_per_sample(c, v, name).expand(len(v), channels).reshape(*u.shape[:2], 1)
             for c, name in ((a, 'a'), (b, 'b')))
-    scale = a*values[:, None, None] + b
+    scale = a*values[:, None] + b
     if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
     with _no_autocast(v):
-        u = u @ vectors[:, None]/scale
-        return (u @ vectors.mT[:, None]).reshape(v.shape)
+        return (u @ vectors/scale @ vectors.mT).reshape(v.shape)
 
 # %% ../nbs/07d_per_sample.ipynb #aec2c40d
 @patch
@@ -211,10 +209,9 @@ def pinv(self:Blurs, y, rcond=1e-6):
     rcond = check_number('rcond', rcond, '[0, 1)')
     values, vectors = self.cast('eigs', self.offset)
     keep = values > rcond**2*values.amax(1, keepdim=True)
-    values = torch.where(keep, 1/values, 0.)[:, None, None]
-    v = self.spread(y.to(self.offset)).flatten(3) @ vectors[:, None]*values
-    v = (v @ vectors.mT[:, None]).reshape(y.shape)
-    return self.adjoint(v).to(at_least_single(y))
+    u = self.spread(y.to(self.offset)).flatten(3).flatten(1, 2) @ vectors
+    u = u*torch.where(keep, 1/values, 0.)[:, None] @ vectors.mT
+    return self.adjoint(u.reshape(y.shape)).to(at_least_single(y))
 
 @patch
 def _each(self:Blurs, part, like):
