@@ -250,6 +250,7 @@ def _range(name, values, interval) -> tuple: # low, high
 
 def _shares(n, values): return values[0] + (values[1]-values[0])*torch.rand(n)
 
+# %% ../nbs/07d_per_sample.ipynb #1e70b9cf
 def random_boxes(n:int, shape, # of the image (C, H, W)
     sides=(.4, .6) # of the hole, as shares of the image's: height and width each for itself
     ) -> Masks:
@@ -264,6 +265,7 @@ def random_boxes(n:int, shape, # of the image (C, H, W)
     box = inside[0][:, :, None] & inside[1][:, None]
     return Masks(~box[:, None], (C, H, W))
 
+# %% ../nbs/07d_per_sample.ipynb #f00ac7b8
 def half_images(n:int, shape # of the image (C, H, W)
     ) -> Masks:
     "Inpainting: each sample lacks its left, right, upper or lower half"
@@ -272,6 +274,7 @@ def half_images(n:int, shape # of the image (C, H, W)
     seen = torch.stack([j >= W//2, j < (W+1)//2, i >= H//2, i < (H+1)//2])
     return Masks(seen[torch.randint(4, (n,))][:, None], (C, H, W))
 
+# %% ../nbs/07d_per_sample.ipynb #308d132e
 def random_pixels(n:int, shape, # of the image (C, H, W)
     kept=(.08, .1) # share of the pixels that are seen, rounded to whole pixels
     ) -> Masks:
@@ -289,6 +292,7 @@ def random_kernels(n:int, size=9, # side
     seeds = torch.randint(2**31, (check_whole('n', n),)).tolist()
     return torch.stack([motion_kernel(size, intensity, seed) for seed in seeds])
 
+# %% ../nbs/07d_per_sample.ipynb #d8cf807e
 def load_kernels(path=None, # an .npz of kernels (k, l); None: `kernels.npz` in the data folder
     start='' # only those whose names start so
     ) -> Tensor: # (n, K, L) float64, each in the middle and summing to 1

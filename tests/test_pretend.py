@@ -179,15 +179,16 @@ def test_hybrids(make, device):
     assert isinstance(x, Away) and x.isfinite().all()
 
 @pytest.mark.parametrize('make', [
-    lambda: random_boxes(2, (1, 16, 16)), lambda: BlockAverages([2, 4], (1, 16, 16)),
-    lambda: Blurs(random_kernels(2, 3), (1, 16, 16))], ids=['masks', 'tiles', 'blurs'])
+    lambda: random_boxes(2, (1, 8, 8)), lambda: BlockAverages([2, 4], (1, 8, 8)),
+    lambda: Blurs(random_kernels(2, 3), (1, 8, 8))], ids=['masks', 'tiles', 'blurs'])
 def test_operators_that_differ_per_sample(make, device):
     torch.manual_seed(0)
-    problem = InverseProblem(small_lens(steps=3).prior, Likelihood(make(), .1)).to(device)
+    prior = small_lens(steps=3, size=8).prior
+    problem = InverseProblem(prior, Likelihood(make(), .1)).to(device)
     y, op = problem.simulate(2)[1], problem.operator
     pixels = PixelMatching(PixelError(problem.prior).to(device).requires_grad_(False))
-    drifts = [Gate(MomentMatching()), Gate(pixels), Gate(DPSCLA(), value=.01)]
-    q = problem.posterior([*family_drifts(problem, dict(name='MomentMatching')), *drifts])
+    drifts = family_drifts(problem, dict(name='MomentMatching'), width=16, depth=1)
+    q = problem.posterior([*drifts, Gate(pixels), Gate(DPSCLA(), value=.01)])
     Trainer(q.to(device), Mixture(OnPolicy(q, 2), FromPrior(q, 1))).fit(y, 2, log=str)
     x = q.sample(y, 2)
     parts = as_picture(op, y), op.pinv(y), op[1:](x[1:]), cla(problem, y, 2, steps=3).x
