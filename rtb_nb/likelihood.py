@@ -166,10 +166,12 @@ def mean_seen(self:Likelihood, v:Tensor # of measurements, such as squared resid
     if seen is None: return v.flatten(1).mean(1)
     return torch.where(seen, v, 0.).flatten(1).sum(1)/seen.flatten(1).sum(1)
 
+# %% ../nbs/09_likelihood.ipynb #4bc5da55
 def whole_batch(likelihood, n:int, chunk:int) -> int:
     "How many of `n` samples may go through at once: all, where operators differ within them"
     return n if getattr(likelihood, 'n_operators', 1) > 1 else chunk
 
+# %% ../nbs/09_likelihood.ipynb #bdafbf0f
 def together(likelihood, parts:list) -> Trajectories:
     "Paths from several sources in one batch, those of one member of the operator side by side"
     tau, members = Trajectories.cat(parts), getattr(likelihood, 'n_operators', 1)

@@ -124,14 +124,13 @@ class BlockAverages(_Diagonal):
             self.register_buffer(name, v.clone(), persistent=False)
     def __getitem__(self, index):
         return BlockAverages(self.factors[self.chosen(index)], self.in_shape)
-    def sides(self, like): # (B, 1, 1, H, H) and (B, 1, 1, W, W)
-        return (self.cast(name, like)[:, None, None] for name in ('rows', 'cols'))
-    def linear(self, x):
-        R, C = self.sides(x)
-        return (R @ self.spread(x.unflatten(1, self.in_shape)) @ C.mT).flatten(2).flatten(0, 1)
-    def transpose(self, y):
-        R, C = self.sides(y)
-        return (R.mT @ self.spread(y.unflatten(1, self.in_shape)) @ C).flatten(2).flatten(0, 1)
+    def _between(self, equation, v):
+        "Rows and columns of every channel times the members' matrices"
+        u = self.spread(v.unflatten(1, self.in_shape)).flatten(1, 2)
+        u = torch.einsum(equation, self.cast('rows', v), u, self.cast('cols', v))
+        return u.reshape(v.shape)
+    def linear(self, x): return self._between('bhi,bnij,bwj->bnhw', x)
+    def transpose(self, y): return self._between('bhi,bnhw,bwj->bnij', y)
     def column_power(self, like): # a pixel is in one tile, with weight 1/f^2
         f = self.by_sample('factors', like)[:, None, None, None]
         return (f**-4.).expand(-1, *self.in_shape)
@@ -195,14 +194,13 @@ def gram_solve(self:Blurs, v, a, b):
     check_batch(v, self.out_shape, 'v')
     v = at_least_single(v)
     values, vectors = self.cast('eigs', v)
-    u = self.spread(v).flatten(3)
-    a, b = (_per_sample(c, v, name).expand(len(v), 1).reshape(*u.shape[:2], 1, 1)
+    u, channels = self.spread(v).flatten(3).flatten(1, 2), self.in_shape[0]
+    a, b = (_per_sample(c, v, name).expand(len(v), channels).reshape(*u.shape[:2], 1)
             for c, name in ((a, 'a'), (b, 'b')))
-    scale = a*values[:, None, None] + b
+    scale = a*values[:, None] + b
     if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
     with _no_autocast(v):
-        u = u @ vectors[:, None]/scale
-        return (u @ vectors.mT[:, None]).reshape(v.shape)
+        return (u @ vectors/scale @ vectors.mT).reshape(v.shape)
 
 # %% ../nbs/07d_per_sample.ipynb #aec2c40d
 @patch
@@ -211,10 +209,9 @@ def pinv(self:Blurs, y, rcond=1e-6):
     rcond = check_number('rcond', rcond, '[0, 1)')
     values, vectors = self.cast('eigs', self.offset)
     keep = values > rcond**2*values.amax(1, keepdim=True)
-    values = torch.where(keep, 1/values, 0.)[:, None, None]
-    v = self.spread(y.to(self.offset)).flatten(3) @ vectors[:, None]*values
-    v = (v @ vectors.mT[:, None]).reshape(y.shape)
-    return self.adjoint(v).to(at_least_single(y))
+    u = self.spread(y.to(self.offset)).flatten(3).flatten(1, 2) @ vectors
+    u = u*torch.where(keep, 1/values, 0.)[:, None] @ vectors.mT
+    return self.adjoint(u.reshape(y.shape)).to(at_least_single(y))
 
 @patch
 def _each(self:Blurs, part, like):
@@ -253,6 +250,7 @@ def _range(name, values, interval) -> tuple: # low, high
 
 def _shares(n, values): return values[0] + (values[1]-values[0])*torch.rand(n)
 
+# %% ../nbs/07d_per_sample.ipynb #1e70b9cf
 def random_boxes(n:int, shape, # of the image (C, H, W)
     sides=(.4, .6) # of the hole, as shares of the image's: height and width each for itself
     ) -> Masks:
@@ -267,6 +265,7 @@ def random_boxes(n:int, shape, # of the image (C, H, W)
     box = inside[0][:, :, None] & inside[1][:, None]
     return Masks(~box[:, None], (C, H, W))
 
+# %% ../nbs/07d_per_sample.ipynb #f00ac7b8
 def half_images(n:int, shape # of the image (C, H, W)
     ) -> Masks:
     "Inpainting: each sample lacks its left, right, upper or lower half"
@@ -275,6 +274,7 @@ def half_images(n:int, shape # of the image (C, H, W)
     seen = torch.stack([j >= W//2, j < (W+1)//2, i >= H//2, i < (H+1)//2])
     return Masks(seen[torch.randint(4, (n,))][:, None], (C, H, W))
 
+# %% ../nbs/07d_per_sample.ipynb #308d132e
 def random_pixels(n:int, shape, # of the image (C, H, W)
     kept=(.08, .1) # share of the pixels that are seen, rounded to whole pixels
     ) -> Masks:
@@ -292,6 +292,7 @@ def random_kernels(n:int, size=9, # side
     seeds = torch.randint(2**31, (check_whole('n', n),)).tolist()
     return torch.stack([motion_kernel(size, intensity, seed) for seed in seeds])
 
+# %% ../nbs/07d_per_sample.ipynb #d8cf807e
 def load_kernels(path=None, # an .npz of kernels (k, l); None: `kernels.npz` in the data folder
     start='' # only those whose names start so
     ) -> Tensor: # (n, K, L) float64, each in the middle and summing to 1

@@ -10,8 +10,8 @@ from project import NBS, benchmarks, experiments, name, notebooks
 from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths,
                               paired_log_weights)
 from rtb_nb.beds import small_lens
-from rtb_nb.behaviours import Mixture, OnPolicy
-from rtb_nb.errors import load_error, save_error, train_error
+from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
+from rtb_nb.errors import PixelError, load_error, save_error, train_error
 from rtb_nb.evidence import evaluate, sandwich
 from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.gradient import PathTrainer
@@ -21,7 +21,9 @@ from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.matching import PixelMatching, PixelProximal
 from rtb_nb.objective import RTB, ScalarLogZ
+from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
 from rtb_nb.replay import Buffer, Replay
+from rtb_nb.samplers import cla
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
 from rtb_nb.train import Trainer, image_drifts
 from test_experiments import SMALLEST, label, parameters
@@ -175,6 +177,23 @@ def test_hybrids(make, device):
     PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
     x = posterior.sample(y, 3)
     assert isinstance(x, Away) and x.isfinite().all()
+
+@pytest.mark.parametrize('make', [
+    lambda: random_boxes(2, (1, 8, 8)), lambda: BlockAverages([2, 4], (1, 8, 8)),
+    lambda: Blurs(random_kernels(2, 3), (1, 8, 8))], ids=['masks', 'tiles', 'blurs'])
+def test_operators_that_differ_per_sample(make, device):
+    torch.manual_seed(0)
+    prior = small_lens(steps=3, size=8).prior
+    problem = InverseProblem(prior, Likelihood(make(), .1)).to(device)
+    y, op = problem.simulate(2)[1], problem.operator
+    pixels = PixelMatching(PixelError(problem.prior).to(device).requires_grad_(False))
+    drifts = family_drifts(problem, dict(name='MomentMatching'), width=16, depth=1)
+    q = problem.posterior([*drifts, Gate(pixels), Gate(DPSCLA(), value=.01)])
+    Trainer(q.to(device), Mixture(OnPolicy(q, 2), FromPrior(q, 1))).fit(y, 2, log=str)
+    x = q.sample(y, 2)
+    parts = as_picture(op, y), op.pinv(y), op[1:](x[1:]), cla(problem, y, 2, steps=3).x
+    for v in (x, y, *parts): assert isinstance(v, Away) and v.isfinite().all()
+    assert sandwich(q, joint_paths(problem, 4), 2)['measurements'] == 4
 
 OPTIONS = sampler_options()
 
