@@ -20,11 +20,16 @@ from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.matching import PixelMatching, PixelProximal
+from rtb_nb.networks import PatchTransformer
 from rtb_nb.objective import RTB, ScalarLogZ
+from rtb_nb.operators import Mask
 from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.samplers import cla
+from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
+from rtb_nb.supervised import (ConditionalDenoiser, ddim, load_supervised, save_supervised,
+                               train_supervised)
 from rtb_nb.train import Trainer, image_drifts
 from test_experiments import SMALLEST, label, parameters
 
@@ -194,6 +199,26 @@ def test_operators_that_differ_per_sample(make, device):
     parts = as_picture(op, y), op.pinv(y), op[1:](x[1:]), cla(problem, y, 2, steps=3).x
     for v in (x, y, *parts): assert isinstance(v, Away) and v.isfinite().all()
     assert sandwich(q, joint_paths(problem, 4), 2)['measurements'] == 4
+
+def test_supervised_training_its_file_and_its_sampler(device, tmp_path):
+    torch.manual_seed(0)
+    prior = small_lens(steps=3, size=8).prior.to(device)
+    problem = InverseProblem(prior, Likelihood(Mask(torch.eye(8)[None]), .1)).to(device)
+    net = dict(name='PatchTransformer', size=8, in_channels=2, width=16, depth=1)
+    made = PatchTransformer(**{k: v for k, v in net.items() if k != 'name'})
+    denoiser = ConditionalDenoiser(made, Cosine(.5)).to(device)
+    def draw(n): return Likelihood(Mask(torch.rand(1, 8, 8) < .5), .1) # made on the CPU
+    def picture(operator, y): return operator.pinv(y)
+    x, path = torch.randn(6, 1, 8, 8), tmp_path/'run.safetensors'
+    for _ in range(2): # the second time it takes up a finished run
+        learned, _ = train_supervised(denoiser, x, x, draw, picture, steps=2, batch=2, every=1,
+            path=path, log=str)
+    path = tmp_path/'a.supervised.safetensors'
+    save_supervised(learned, path, net, picture, {})
+    again, y = load_supervised(path, picture, device), problem.simulate(1)[1]
+    for eta in (0., 1.):
+        found = ddim(problem, y, 3, again, picture=picture, steps=3, eta=eta).x
+        assert isinstance(found, Away) and found.isfinite().all()
 
 OPTIONS = sampler_options()
 
