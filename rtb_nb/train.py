@@ -377,13 +377,12 @@ def image_drifts(problem:InverseProblem, # whose shapes count; the operator is r
     width=64, depth=3) -> list: # drifts for `problem.posterior`
     "A gated guide and a patch transformer that sees x, x0_hat, the guide's shift and y"
     prior, (channels, height, side) = problem.prior, problem.prior.shape
-    n = getattr(problem.likelihood, 'n_operators', 1)
-    x = torch.zeros(n, *prior.shape, dtype=prior.dtype, device=prior.device)
+    x = prior.start((getattr(problem.likelihood, 'n_operators', 1), *prior.shape)).mean
     linear = hasattr(problem.operator, 'adjoint')
     if feature is None: feature = measurement_feature if linear else likelihood_slope
     gate = Gate(guide) if guide else Gate(LikelihoodGradient(), value=.01, lr=3e-3)
     features = (GuideShift(guide), feature) if guide else (feature,)
-    step = problem.posterior([]).step(x, 0, x.new_zeros(n, *problem.y_shape), x)
+    step = problem.posterior([]).step(x, 0, x.new_zeros(len(x), *problem.y_shape), x)
     seen = channels*(len(features)+1) + feature(step).shape[1]
     size = side if height == side else (height, side)
     net = PatchTransformer(size, seen, channels, width=width, depth=depth)
