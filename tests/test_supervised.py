@@ -11,7 +11,7 @@ from rtb_nb.networks import PatchTransformer, VectorNet
 from rtb_nb.operators import Mask, Matrix
 from rtb_nb.priors import load_prior, save_prior
 from rtb_nb.samplers import chance, law
-from rtb_nb.schedule import VE, Cosine, Tabulated
+from rtb_nb.schedule import VE, Cosine, Tabulated, levels
 from rtb_nb.supervised import *
 
 def as_it_is(operator, y): return y
@@ -80,7 +80,6 @@ def test_eta_one_is_ddpm():
     "Each step's law by hand: the bridge of DDPM between the guess and the noisier level"
     denoiser, K = number(), 30
     m, v = law(ddim, scalar(), ONE, K, denoiser=denoiser, picture=as_it_is, steps=K, eta=1.)
-    from rtb_nb.schedule import levels
     t = levels(denoiser.schedule, K-1)[0]
     a, s = denoiser.schedule(t)
     gain = (lambda i: a[i]*(4/17)/(a[i]**2*(4/17) + s[i]**2))
@@ -97,7 +96,7 @@ def test_eta_one_is_ddpm():
 def trained(sign, picture=as_it_is, steps=700, **options):
     "On pairs of N(0, 4) and its measurement by `sign` with a noise of .5"
     torch.manual_seed(0)
-    data, likelihood = 2*torch.randn(20000, 1), Likelihood(Matrix([[sign]]), .5)
+    data, likelihood = 2*torch.randn(100_000, 1), Likelihood(Matrix([[sign]]), .5)
     net = VectorNet(2, 1, width=32, depth=0)
     options = dict(batch=256, lr=5e-3, decay=.98, every=350, log=silent) | options
     return train_supervised(ConditionalDenoiser(net, Cosine(.5), 4.), data[2000:], data[:2000],
@@ -108,7 +107,7 @@ def trained(sign, picture=as_it_is, steps=700, **options):
 def test_one_number(sign, picture, mean):
     "Asked about A = 1: what it was trained on decides, unless the picture carries the operator"
     denoiser, history = trained(sign, picture)
-    assert history[-1][2] < .3 < held_out_supervised(denoiser, 2*torch.randn(500, 1),
+    assert history[-1][2] < .6 < held_out_supervised(denoiser, 2*torch.randn(500, 1),
         lambda n: Likelihood(Matrix([[sign]]), .5), picture, shift=1)
     torch.manual_seed(1)
     x = ddim(scalar(), ONE, 2000, denoiser, picture=picture, steps=200).x
@@ -201,10 +200,9 @@ def test_killed_and_resumed_to_the_bit(tmp_path):
     class Killed(Exception): pass
     def die(line):
         if line.startswith('step 6'): raise Killed
-    torch.manual_seed(0)
-    path, calls = tmp_path/'parts.safetensors', []
+    path = tmp_path/'parts.safetensors'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('test_supervised.silent', die)
+        patch.setitem(globals(), 'silent', die)
         with pytest.raises(Killed): resumable(path, 6)
     again, history_too = resumable(path, 6)
     assert history_too == history and [h[0] for h in history] == [2, 4, 6]
