@@ -258,7 +258,8 @@ def load_supervised(path, # a file that save_supervised wrote
     "The conditional denoiser of a file; an error if it was trained with another picture"
     tensors, card = load_tensors(path)
     if 'supervised' not in card:
-        raise ValueError(f'{path} holds no conditional denoiser: write one with save_supervised')
+        raise ValueError(f'{path} holds no conditional denoiser: '
+            'write one with save_supervised')
     check_fingerprint(card.pop('supervised'), fingerprint(picture=picture), path)
     schedule = _schedule_of(card['schedule'], tensors)
     denoiser = _conditional_of(card['net'], schedule, card['variance'])
