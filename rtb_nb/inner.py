@@ -103,7 +103,7 @@ def adam_fit(
     lr=lambda inner: .01 if inner.done < .11 else .03, # likewise, in the data's units
     start=zero_shot # inner problem -> mean and log std (B, ...)
     ) -> Callable: # inner problem -> mean and log std (B, ...)
-    "Fit a Gaussian to an inner problem, with a fresh Adam optimiser; no step is the start itself"
+    "Fit a Gaussian to an inner problem, with a fresh Adam optimiser"
     if not callable(steps): steps = check_whole('steps', steps, 0)
     if not callable(lr): lr = check_number('lr', lr)
     def fit(inner):
