@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from rtb_nb.checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_tensors)
+from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
+    save_tensors, shipped_file)
 from .denoise import Bookkeeping, Denoiser, bcast
 from .likelihood import InverseProblem, Likelihood
 from .networks import _mixed
@@ -251,11 +251,12 @@ def save_supervised(denoiser:ConditionalDenoiser, # its weights are rounded, as 
 
 # %% ../nbs/14e_supervised.ipynb #2e11e4c1
 @torch.inference_mode(False)
-def load_supervised(path, # a file that save_supervised wrote
+def load_supervised(path, # a file that save_supervised wrote, or the name of a shipped one
     picture:Callable, # the one that it will be shown
     device='cpu'
     ) -> ConditionalDenoiser: # with its card in `denoiser.card`
     "The conditional denoiser of a file; an error if it was trained with another picture"
+    path = shipped_file(path, 'conditional denoiser', _ending)
     tensors, card = load_tensors(path)
     if 'supervised' not in card:
         raise ValueError(f'{path} holds no conditional denoiser: '
