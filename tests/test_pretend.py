@@ -20,6 +20,7 @@ from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.matching import PixelMatching, PixelProximal
+from rtb_nb.mmps import MMPS, SubspaceMatching
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
@@ -172,6 +173,16 @@ def test_hybrids(make, device):
     drifts = [Gate(DPSScore(), value=.01), PaperGate(DPSCLA(), guess_misfit, 1)]
     posterior = problem.posterior(drifts).to(device)
     Trainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    x = posterior.sample(y, 3)
+    assert isinstance(x, Away) and x.isfinite().all()
+
+@pytest.mark.parametrize('make', [linear_problem, bent_problem])
+def test_matching_by_the_jacobian(make, device):
+    torch.manual_seed(0)
+    problem = make(steps=4).to(device)
+    y = measured(problem)
+    posterior = problem.posterior([Gate(MMPS()), SubspaceMatching(2)]).to(device)
     PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
     x = posterior.sample(y, 3)
     assert isinstance(x, Away) and x.isfinite().all()
