@@ -26,18 +26,24 @@ def _linear(op, x):
 def _dot(u, v): return (u*v).flatten(1).sum(1).reshape(-1, *[1]*(u.ndim-1))
 
 def _conjugate_gradients(times, v, # a product with a positive matrix, and (B, ...)
-    sweeps, tolerance) -> Tensor: # (B, ...)
+    sweeps, tolerance,
+    least=0. # of p S p/|p|^2: a sample stops where its matrix is less positive than this
+    ) -> Tensor: # (B, ...)
     "Solve with the matrix, each sample for itself, to a share of its own residual"
     u, r, p, square = torch.zeros_like(v), v, v, _dot(v, v)
     goal = tolerance**2*square
+    going = square > goal
     for _ in range(sweeps):
-        going = square > goal
         if not going.any(): break
         q = times(p)
-        length = torch.where(going, square/_dot(p, q), 0.)
+        bend = _dot(p, q)
+        going = going & (bend > least*_dot(p, p))
+        length = torch.where(going, square, 0.)/torch.where(going, bend, 1.)
         u, r = u + length*p, r - length*q
         new = _dot(r, r)
-        p, square = r + torch.where(going, new/square, 0.)*p, new
+        onward = torch.where(going, new, 0.)/torch.where(going, square, 1.)
+        p, square = r + onward*p, new
+        going = going & (square > goal)
     return u
 
 # %% ../nbs/10a_matching.ipynb #f3005b78

@@ -17,9 +17,12 @@ from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.gradient import PathTrainer
 from rtb_nb.guidance import Gate, MomentMatching
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
+from rtb_nb.lavps import (image_amortiser, lavps, load_amortiser, save_amortiser,
+                          train_amortiser)
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.matching import PixelMatching, PixelProximal
+from rtb_nb.mmps import MMPS, SubspaceMatching
 from rtb_nb.networks import PatchTransformer
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.operators import Mask
@@ -200,6 +203,20 @@ def test_operators_that_differ_per_sample(make, device):
     for v in (x, y, *parts): assert isinstance(v, Away) and v.isfinite().all()
     assert sandwich(q, joint_paths(problem, 4), 2)['measurements'] == 4
 
+def test_amortised_fits_their_file_and_their_sampler(device, tmp_path):
+    torch.manual_seed(0)
+    prior, small = small_lens(steps=3, size=8).prior.to(device), dict(width=16, depth=1)
+    def draw(n): return Likelihood(random_boxes(n, (1, 8, 8)), .1).to(device)
+    x, path = torch.randn(6, 1, 8, 8), tmp_path/'a.amortiser.safetensors'
+    net, _ = train_amortiser(image_amortiser(prior, **small), prior, x, x, draw, steps=2,
+                             batch=2, every=1, path=tmp_path/'run.safetensors', log=str)
+    save_amortiser(net, path, prior, small, {})
+    problem = InverseProblem(prior, draw(1))
+    y, again = problem.simulate(1)[1], load_amortiser(path, prior)
+    for inside, best in ((0, False), (1, True)):
+        found = lavps(problem, y, 2, again, inside=inside, outside=1, best=best, steps=4)
+        assert isinstance(found.x, Away) and found.x.isfinite().all() and found.amortised
+
 def test_supervised_training_its_file_and_its_sampler(device, tmp_path):
     torch.manual_seed(0)
     prior = small_lens(steps=3, size=8).prior.to(device)
@@ -219,6 +236,16 @@ def test_supervised_training_its_file_and_its_sampler(device, tmp_path):
     for eta in (0., 1.):
         found = ddim(problem, y, 3, again, picture=picture, steps=3, eta=eta).x
         assert isinstance(found, Away) and found.isfinite().all()
+
+@pytest.mark.parametrize('make', [linear_problem, bent_problem])
+def test_matching_by_the_jacobian(make, device):
+    torch.manual_seed(0)
+    problem = make(steps=4).to(device)
+    y = measured(problem)
+    posterior = problem.posterior([Gate(MMPS()), SubspaceMatching(2)]).to(device)
+    PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
+    x = posterior.sample(y, 3)
+    assert isinstance(x, Away) and x.isfinite().all()
 
 OPTIONS = sampler_options()
 
