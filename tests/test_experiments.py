@@ -39,6 +39,8 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
                 data=lambda folder: digits(folder).parent, tasks='deblur',
                 methods=['FPS', 'FPS-SMC', 'RTB, log Z(y)', 'RTB+DPS+CLA'])],
             'exp_consistency': [dict(methods=['CLA', 'refined on each'])],
+            'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
+            'exp_ood': [dict(data=lambda folder: digits(folder).parent)],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
             'tutorials/2_undo_a_lens': [dict(
                 path=lens_image, iterations=1, own_iterations=1, n_samples=3,

@@ -25,17 +25,22 @@ def execute(cells, folder, **values):
             names |= dict(out=str(folder/'results')) | values
     return names
 
-everywhere = [dict(budget='nope'), dict(batch=2.5), dict(device='abacus')]
+everywhere = [dict(budget='nope'), dict(device='abacus')]
+batches = dict(batch=2.5)
 noise = [dict(noise_std=-1), dict(noise_std='loud')]
 rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5]),
         dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4)]
 own = dict(
-    exp_lensing=[*noise, *rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
-    exp_forms=[*noise, *rows, dict(iterations='many')],
-    exp_unconditional=[*noise, *rows, dict(iterations='many'), dict(datasets='imagenet'),
+    exp_lensing=[batches, *noise, *rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
+    exp_forms=[batches, *noise, *rows, dict(iterations='many')],
+    exp_unconditional=[batches, *noise, *rows, dict(iterations='many'), dict(datasets='imagenet'),
                        dict(tasks=['box', 'hole']), dict(measurements='first'),
                        dict(workers=-2)],
-    exp_consistency=[dict(methods='XYZ'), dict(draws=.5), dict(n_samples=-4),
+    exp_lavps=[*noise, dict(methods='XYZ'), dict(tasks=['box', 'hole']), dict(train='long'),
+               dict(validation=.5), dict(test=-3), dict(workers=-2), dict(seeds=[.5])],
+    exp_ood=[*noise, dict(methods='XYZ'), dict(shifts='noise'), dict(tasks='tiles'),
+             dict(measured=2.5), dict(workers='two')],
+    exp_consistency=[batches, dict(methods='XYZ'), dict(draws=.5), dict(n_samples=-4),
                      dict(refined='all'), dict(seed=-1)])
 bad = [(notebook, values) for notebook, more in own.items() for values in everywhere + more]
 

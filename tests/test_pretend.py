@@ -270,7 +270,9 @@ PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in dec
 LESS = dict( # rows that between them make every move of the longer ones
     exp_conditional=dict(methods=['guidance', 'RTB+DPS']),
     exp_consistency=dict(methods='refined on each'),
-    exp_lensing=dict(methods=['CLA', 'and both']))
+    exp_lavps=dict(methods=['LAVPS', 'DAPS']),
+    exp_lensing=dict(methods=['CLA', 'and both']),
+    exp_ood=dict(shifts=['half images', 'noise doubled']))
 RUNS = [(p, values | LESS.get(name(p), {})) for p in PLACED
         for values in SMALLEST.get(name(p), [{}])[:1 if name(p) in LESS else None]]
 
