@@ -31,9 +31,11 @@ noise = [dict(noise_std=-1), dict(noise_std='loud')]
 rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5]),
         dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4)]
 own = dict(
-    exp_lensing=[batches, *noise, *rows, dict(alone='many'), dict(refinements=32.5), dict(steps=[20])],
+    exp_lensing=[batches, *noise, *rows, dict(alone='many'), dict(refinements=32.5),
+                 dict(steps=[20])],
     exp_forms=[batches, *noise, *rows, dict(iterations='many')],
-    exp_unconditional=[batches, *noise, *rows, dict(iterations='many'), dict(datasets='imagenet'),
+    exp_unconditional=[batches, *noise, *rows, dict(iterations='many'),
+                       dict(datasets='imagenet'),
                        dict(tasks=['box', 'hole']), dict(measurements='first'),
                        dict(workers=-2)],
     exp_lavps=[*noise, dict(methods='XYZ'), dict(tasks=['box', 'hole']), dict(train='long'),
