@@ -375,7 +375,7 @@ bad_input = {
     'ode': (lambda: daps(problem, y, 4, ode=0), 'ode must be a positive whole number, got 0'),
     'ode end': (lambda: daps(problem, y, 4, end=.5), 'end must lie in (0, 0.1), got 0.5'),
     'rho': (lambda: daps(problem, y, 4, rho=0), 'rho must be a positive number, got 0'),
-    'adam steps': (lambda: adam_fit(-1), 'steps must be a whole number from 0, got -1'),
+    'adam steps': (lambda: adam_fit(-1), 'steps must be a whole number of at least 0, got -1'),
     'adam rate': (lambda: adam_fit(3, -1.), 'lr must be a positive number, got -1.0'),
     'sweeps': (lambda: mgdm(problem, y, 4, gibbs=0),
         'gibbs must be a positive whole number, got 0'),
