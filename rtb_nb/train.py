@@ -345,13 +345,13 @@ def fit(self:Trainer, y, # measurements (M, ...); None: the behaviour brings its
         return self
     if self.guard and not self.last_good: self.last_good = self.snapshot()
     self.failed = 0
-    with gradients('training'), Terminated() as terminated:
+    with gradients('training'), Terminated() as self.terminated:
         while self.step < iterations:
             self.set_rate(iterations, warmup, anneal)
             self.attempt(y)
             if self.step % every == 0 or self.step == iterations:
                 self.checkpoint(iterations, log)
-            if terminated.now: self.leave()
+            if self.terminated.now: self.leave()
     return self
 
 # %% ../nbs/14_train.ipynb #4839c4b7
