@@ -36,7 +36,7 @@ def share_of(y:Tensor, # measurements (M, ...)
 
 # %% ../nbs/14f_processes.ipynb #23e2242d
 class Parallel:
-    "What makes a trainer one of several processes: a class to put before `Trainer` or its kinds"
+    "What makes a trainer one of several processes: a class to put before `Trainer`"
     def __init__(self, *args, **options): # of the trainer
         self.processes, self.paths = _processes(), 1
         super().__init__(*args, **options)

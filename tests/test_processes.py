@@ -173,7 +173,8 @@ def test_two_go_on_from_one_and_one_from_two(together):
 
 def test_a_plain_trainer_reads_what_two_processes_wrote(together):
     posterior = posterior_of(2)
-    t = Trainer(posterior, OnPolicy(posterior, 8), path=together[0]/'whole.safetensors').resume()
+    path = together[0]/'whole.safetensors'
+    t = Trainer(posterior, OnPolicy(posterior, 8), path=path).resume()
     assert t.fit(Y, 7, log=str).step == 7
 
 def test_all_skip_what_one_cannot_take(together):
