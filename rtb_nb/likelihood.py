@@ -83,7 +83,8 @@ class Likelihood(Described, nn.Module):
         ) -> Tensor: # bool (B, ...), or None: everywhere
         "Where each sample is measured at all"
         op = self.operator
-        return op.by_sample('seen', like) if hasattr(op, 'seen') else None
+        many = hasattr(op, 'by_sample') and hasattr(op, 'seen')
+        return op.by_sample('seen', like) if many else None
     def forward(self, x) -> Distribution:
         mean = self.operator(x)
         seen, q = self.seen(mean), self._about(mean)

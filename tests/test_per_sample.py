@@ -446,3 +446,11 @@ def test_a_file_without_such_kernels(tmp_path):
     for start in ('flat', 'dark', 'other'):
         with pytest.raises(ValueError, match=f'must hold kernels.*start with {start!r}'):
             load_kernels(tmp_path/'k.npz', start)
+
+def test_a_readers_own_operator_may_have_something_called_seen():
+    class Holes(torch.nn.Module):
+        seen = torch.tensor([[True, False], [True, True]])
+        def forward(self, x): return x*self.seen
+    likelihood = Likelihood(Holes(), .1)
+    x = torch.zeros(3, 2, 2)
+    assert likelihood.seen(x) is None and likelihood.log_prob(x, x).shape == (3,)
