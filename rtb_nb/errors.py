@@ -11,14 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from .checkpoints import check_fingerprint, fingerprint, load_state, load_tensors
-from .checkpoints import save_tensors
+from rtb_nb.checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
+    save_weights)
 from .denoise import Denoiser, bcast
 from .diffusion import Diffusion
 from .networks import _InBfloat16
 from .posterior import gradients
-from .priors import (_check_data, _descend, _known, _nets, _noised, _report, _resumed,
-    _rounded, _save_run, learning_rate)
+from .priors import _check_data, _descend, _known, _nets, _noised, _train
 from .schedule import check_number, check_whole, widest
 
 # %% ../nbs/06b_errors.ipynb #6069fb4f
@@ -127,42 +126,28 @@ def train_error(prior:Diffusion,
     error = PixelError(prior, net)
     noised = noised_guesses(denoiser, held_out.to(device))
     opt = torch.optim.AdamW(error.net.parameters(), lr=lr, weight_decay=.01)
-    run = dict(step=0, history=[], recent=[])
-    if path:
-        path = Path(path).expanduser()
+    parts = {'net.': error.net, 'opt.': opt}
+    def belongs():
         settings = dict(batch=batch, lr=lr, augment=augment, seed=seed)
-        belongs = error.belongs | fingerprint(data=data, held_out=held_out,
+        return error.belongs | fingerprint(data=data, held_out=held_out,
             network=error.arguments, settings=settings)
-        parts = {'net.': error.net, 'opt.': opt}
-        run = _resumed(path, parts, belongs, steps, log)
+    def step():
+        x0 = data[torch.randint(len(data), (batch,))].to(device)
+        x0 = augment(x0) if augment else x0
+        loss = error_loss(error, *noised_guesses(denoiser, x0)).mean()
+        return _descend(loss, error.net, opt)
+    def judge(): return _held_out(error, noised)
     with gradients('train_error'):
-        while run['step'] < steps:
-            for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr, 50)
-            x0 = data[torch.randint(len(data), (batch,))].to(device)
-            x0 = augment(x0) if augment else x0
-            loss = error_loss(error, *noised_guesses(denoiser, x0)).mean()
-            run['recent'].append(_descend(loss, error.net, opt))
-            run['step'] += 1
-            if run['step'] % every and run['step'] != steps: continue
-            _report(run, _held_out(error, noised), lr, path, log)
-            if path: _save_run(path, parts, run)
-    return error.eval().requires_grad_(False), [tuple(h) for h in run['history']]
+        history = _train(step, judge, opt, parts, belongs, lr, steps, every, path, log, 50)
+    return error.eval().requires_grad_(False), history
 
 # %% ../nbs/06b_errors.ipynb #87040f05
 def save_error(error:PixelError, path, # ends in .error.safetensors; the card's in .error.json
     card:dict=None # data, steps, losses, date: whatever the reader should know
     ) -> dict: # the whole card
     "Write a prior's error per pixel; weights in half precision, as they are from then on"
-    path = Path(path).expanduser()
-    if not path.name.endswith('.error.safetensors'):
-        raise ValueError(f'the name must end in .error.safetensors, got {path.name}')
-    if not all(torch.isfinite(p).all() for p in error.parameters()):
-        raise ValueError('the weights hold non-finite values: this training has diverged')
-    for p in error.net.parameters(): p.data = _rounded(p.data).float()
     card = dict(card or {}, net=error.arguments, shape=list(error.shape), belongs=error.belongs)
-    save_tensors(path, {k: _rounded(v) for k, v in error.net.state_dict().items()}, card)
-    path.with_suffix('.json').write_text(json.dumps(card, indent=1)+'\n')
-    return card
+    return save_weights(error.net.state_dict(), path, '.error.safetensors', card)
 
 # %% ../nbs/06b_errors.ipynb #a39151fa
 def _error_file(name) -> Path:

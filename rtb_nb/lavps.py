@@ -8,15 +8,14 @@ __all__ = ['amortised', 'Amortiser', 'picture_view', 'residual_view', 'draw_inne
            'load_amortiser']
 
 # %% ../nbs/14d_lavps.ipynb #902ffb5b
-import json, math
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_tensors, shipped_file, shipped_names)
+    save_weights, shipped_file, shipped_names)
 from .diffusion import Diffusion
 from .errors import _whose
 from .guidance import log_gradient
@@ -25,8 +24,7 @@ from .likelihood import InverseProblem, Likelihood
 from .networks import PatchTransformer
 from .per_sample import as_picture
 from .posterior import gradients
-from .priors import _check_data, _descend, _report, _resumed, _rounded, _save_run
-from .priors import learning_rate
+from .priors import _check_data, _descend, _train
 from .samplers import CallCounter, Samples, levels_at
 from .schedule import check_number, check_whole, time_of
 
@@ -175,29 +173,22 @@ def train_amortiser(amortiser:Amortiser, # trained in place; the average comes b
     average = AveragedModel(amortiser, multi_avg_fn=get_ema_multi_avg_fn(decay))
     problems = _validation(prior, held_out, draw, levels, window, batch)
     parts = {'net.': amortiser, 'average.': average, 'opt.': opt}
-    run = dict(step=0, history=[], recent=[])
-    if path:
-        path = Path(path).expanduser()
+    def belongs():
         settings = dict(batch=batch, lr=lr, decay=decay, window=window, mirrored=mirrored,
             seed=seed)
-        belongs = _whose(prior.denoiser) | fingerprint(data=data, held_out=held_out, draw=draw,
-            levels=levels,
-            network=str(amortiser), settings=settings)
-        run = _resumed(path, parts, belongs, steps, log)
+        return _whose(prior.denoiser) | fingerprint(data=data, held_out=held_out, draw=draw,
+            levels=levels, network=str(amortiser), settings=settings)
+    def step():
+        x0 = data[torch.randint(len(data), (batch,))].to(prior.device, prior.dtype)
+        inner = draw_inner(prior, draw(batch), x0, levels(prior, window))
+        loss = _descend(amortised_loss(amortiser, inner, mirrored).mean(), amortiser, opt)
+        average.update_parameters(amortiser)
+        return loss
+    def judge(): return _validate(average.module, problems)
     with gradients('train_amortiser'):
-        while run['step'] < steps:
-            for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr, 50)
-            x0 = data[torch.randint(len(data), (batch,))].to(prior.device, prior.dtype)
-            inner = draw_inner(prior, draw(batch), x0, levels(prior, window))
-            loss = amortised_loss(amortiser, inner, mirrored).mean()
-            run['recent'].append(_descend(loss, amortiser, opt))
-            average.update_parameters(amortiser)
-            run['step'] += 1
-            if run['step'] % every and run['step'] != steps: continue
-            _report(run, _validate(average.module, problems), lr, path, log)
-            if path: _save_run(path, parts, run)
+        history = _train(step, judge, opt, parts, belongs, lr, steps, every, path, log, 50)
     learned = average.module.eval().requires_grad_(False)
-    return learned, [tuple(h) for h in run['history']]
+    return learned, history
 
 # %% ../nbs/14d_lavps.ipynb #7f76e614
 def narrowing_rate(inner:Inner) -> float:
@@ -247,20 +238,10 @@ def save_amortiser(amortiser:Amortiser, path, # a name that ends in .amortiser.s
     card:dict # family, training, what was found: whatever the reader should know
     ) -> dict: # the whole card
     "Write an amortiser, rounded to half precision as it is from then on, with its card"
-    path = Path(path).expanduser()
-    if not path.name.endswith('.amortiser.safetensors'):
-        raise ValueError(f'the name must end in .amortiser.safetensors, got {path.name}')
     state = amortiser.net.state_dict()
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError('the weights hold non-finite values: this training has diverged')
-    with torch.no_grad():
-        for v in state.values(): v.copy_(_rounded(v).to(v))
     load_state(image_amortiser(prior, **recipe).net, state) # refuses another recipe
-    card = json.loads(json.dumps(card | dict(recipe=recipe)))
-    belongs = _whose(prior.denoiser)
-    save_tensors(path, {k: _rounded(v) for k, v in state.items()}, card | dict(belongs=belongs))
-    path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n')
-    return card
+    return save_weights(state, path, '.amortiser.safetensors', card | dict(recipe=recipe),
+                        belongs=_whose(prior.denoiser))
 
 # %% ../nbs/14d_lavps.ipynb #45c7cc1e
 def shipped_amortisers() -> list:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from .checkpoints import check_fingerprint, fingerprint, flat_state, load_state
-from .checkpoints import load_tensors, save_tensors, shipped_file, shipped_names
+from .checkpoints import (_rounded, check_fingerprint, fingerprint, flat_state,
+    load_state, load_tensors, save_tensors, shipped_file, shipped_names)
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Diffusion
 from .networks import PatchTransformer, UNet, VectorNet, _mixed, in_bfloat16
@@ -141,6 +141,25 @@ def _report(run:dict, held_out:float, lr, path, log):
         f'training diverged before step {step}: lower lr (now {lr}){kept}')
 
 # %% ../nbs/06_priors.ipynb #1f09cfa5
+def _train(step, # () -> the loss of a batch, after its update
+    judge, # () -> the held-out loss
+    opt, parts:dict, belongs, # () -> what the run depends on, asked where there is a path
+    lr, steps, every, path, log, warmup=200) -> list: # [(step, training loss, held-out loss)]
+    "The loop of a training, resumable"
+    run = dict(step=0, history=[], recent=[])
+    if path:
+        path = Path(path).expanduser()
+        run = _resumed(path, parts, belongs(), steps, log)
+    while run['step'] < steps:
+        for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr, warmup)
+        run['recent'].append(step())
+        run['step'] += 1
+        if run['step'] % every and run['step'] != steps: continue
+        _report(run, judge(), lr, path, log)
+        if path: _save_run(path, parts, run)
+    return [tuple(h) for h in run['history']]
+
+# %% ../nbs/06_priors.ipynb #d14168cd
 def train_prior(denoiser, # a denoiser with a `net`: trained in place; the average comes back
     data:Tensor, # clean images (N, ...)
     held_out:Tensor, # clean images that are never trained on
@@ -161,25 +180,20 @@ def train_prior(denoiser, # a denoiser with a `net`: trained in place; the avera
     opt = torch.optim.AdamW(denoiser.parameters(), lr=lr, weight_decay=.01)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(decay))
     parts = {'net.': denoiser, 'average.': average, 'opt.': opt}
-    run = dict(step=0, history=[], recent=[])
-    if path:
-        path = Path(path).expanduser()
+    def belongs():
         settings = dict(batch=batch, lr=lr, decay=decay, augment=augment, dtype=dtype,
             seed=seed)
-        run = _resumed(path, parts, _belongs(denoiser, data, held_out, settings), steps, log)
+        return _belongs(denoiser, data, held_out, settings)
+    def step():
+        x = data[torch.randint(len(data), (batch,))].to(device)
+        loss = _train_step(denoiser, augment(x) if augment else x, opt, dtype)
+        average.update_parameters(denoiser)
+        return loss
+    def judge(): return held_out_loss(average.module, held_out.to(device))
     with gradients('train_prior'):
-        while run['step'] < steps:
-            for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr)
-            x = data[torch.randint(len(data), (batch,))].to(device)
-            x = augment(x) if augment else x
-            run['recent'].append(_train_step(denoiser, x, opt, dtype))
-            average.update_parameters(denoiser)
-            run['step'] += 1
-            if run['step'] % every and run['step'] != steps: continue
-            _report(run, held_out_loss(average.module, held_out.to(device)), lr, path, log)
-            if path: _save_run(path, parts, run)
+        history = _train(step, judge, opt, parts, belongs, lr, steps, every, path, log)
     learned = average.module.eval().requires_grad_(False).calibrate(held_out.to(device))
-    return learned, [tuple(h) for h in run['history']]
+    return learned, history
 
 # %% ../nbs/06_priors.ipynb #69a3865c
 _nets = {kind.__name__: kind for kind in (PatchTransformer, UNet, VectorNet)}
@@ -191,12 +205,6 @@ def _known(what, name, among:dict):
     "One of several classes by its name"
     if name in among: return among[name]
     raise ValueError(f'a file cannot hold the {what} {name}: it knows {", ".join(among)}')
-
-def _rounded(w:Tensor) -> Tensor:
-    "Weights in half precision, if their range allows it"
-    if not w.is_floating_point(): return w
-    half = w.half()
-    return half if torch.isfinite(half).all() else w.float()
 
 # %% ../nbs/06_priors.ipynb #98e3ecfe
 def _schedule_card(schedule) -> dict:

@@ -6,13 +6,13 @@
 __all__ = ['source_view', 'family_drifts', 'gentle_optimiser', 'save_posterior', 'shipped_posteriors', 'load_posterior']
 
 # %% ../nbs/14c_shipped.ipynb #144e1dac
-import json, warnings
+import warnings
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .amortise import _bank_belongs
-from .checkpoints import (check_fingerprint, load_state, load_tensors, save_tensors,
+from .checkpoints import (check_fingerprint, load_state, load_tensors, save_weights,
     shipped_file, shipped_names)
 from .denoise import bcast
 from .errors import load_error
@@ -22,7 +22,6 @@ from .likelihood import InverseProblem
 from .matching import PixelMatching
 from .operators import LinearOperator
 from .posterior import Posterior, Step
-from .priors import _rounded
 from .schedule import check_number
 from .train import image_drifts
 
@@ -75,21 +74,11 @@ def save_posterior(posterior:Posterior, # made of `family_drifts`
     card:dict # prior, family, training, what was found: whatever the reader should know
     ) -> dict: # the whole card
     "Write a posterior's drifts with their recipe and card"
-    path = Path(path).expanduser()
-    if not path.name.endswith('.posterior.safetensors'):
-        raise ValueError(f'the name must end in .posterior.safetensors, got {path.name}')
     state = posterior.drifts.state_dict()
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError('the drifts hold non-finite values: this posterior has diverged')
-    with torch.no_grad():
-        for v in state.values(): v.copy_(_rounded(v).to(v))
     fresh = posterior.problem.posterior(family_drifts(posterior.problem, **recipe))
     load_state(fresh.drifts, state) # refuses a recipe of other drifts
-    card = json.loads(json.dumps(card | dict(recipe=recipe)))
-    belongs = _bank_belongs(posterior.prior)
-    save_tensors(path, {k: _rounded(v) for k, v in state.items()}, card | dict(belongs=belongs))
-    path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n')
-    return card
+    return save_weights(state, path, '.posterior.safetensors', card | dict(recipe=recipe),
+                        belongs=_bank_belongs(posterior.prior))
 
 # %% ../nbs/14c_shipped.ipynb #7a6dbae6
 def shipped_posteriors() -> list:

@@ -7,22 +7,19 @@ __all__ = ['ConditionalDenoiser', 'shown', 'supervised_loss', 'held_out_supervis
            'save_supervised', 'load_supervised']
 
 # %% ../nbs/14e_supervised.ipynb #7421bb21
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_tensors, shipped_file)
+    save_weights, shipped_file)
 from .denoise import Bookkeeping, Denoiser, bcast
 from .likelihood import InverseProblem, Likelihood
 from .networks import _mixed
 from .posterior import gradients
 from .priors import (_belongs, _check_data, _check_network, _descend, _known, _nets,
-    _noised, _report, _resumed, _rounded, _save_run, _schedule_card, _schedule_of,
-    learning_rate)
+    _noised, _schedule_card, _schedule_of, _train)
 from .samplers import CLEAN, CallCounter, Level, Samples, bridge, prepare, ticks
 from .schedule import check_number, check_whole, levels
 
@@ -145,30 +142,24 @@ def train_supervised(denoiser:ConditionalDenoiser, # trained in place; the avera
     opt = torch.optim.AdamW(denoiser.parameters(), lr=lr, weight_decay=.01)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(decay))
     parts = {'net.': denoiser, 'average.': average, 'opt.': opt}
-    run = dict(step=0, history=[], recent=[])
-    if path:
-        path = Path(path).expanduser()
+    def belongs():
         settings = dict(batch=batch, lr=lr, decay=decay, augment=augment, dtype=dtype,
             seed=seed, variance=denoiser.variance)
-        belongs = _belongs(denoiser, data, held_out, settings)
-        belongs |= fingerprint(family=draw, picture=picture)
-        run = _resumed(path, parts, belongs, steps, log)
+        own = _belongs(denoiser, data, held_out, settings)
+        return own | fingerprint(family=draw, picture=picture)
+    def step():
+        x0 = data[torch.randint(len(data), (batch,))].to(device)
+        x0 = augment(x0) if augment else x0
+        seen = shown(draw, picture, x0)
+        with _mixed(device, dtype): loss = supervised_loss(denoiser, x0, seen).mean()
+        loss = _descend(loss, denoiser, opt)
+        average.update_parameters(denoiser)
+        return loss
+    def judge(): return held_out_supervised(average.module, held_out, draw, picture)
     with gradients('train_supervised'):
-        while run['step'] < steps:
-            for g in opt.param_groups: g['lr'] = learning_rate(run['step'], steps, lr)
-            x0 = data[torch.randint(len(data), (batch,))].to(device)
-            x0 = augment(x0) if augment else x0
-            seen = shown(draw, picture, x0)
-            with _mixed(device, dtype): loss = supervised_loss(denoiser, x0, seen).mean()
-            run['recent'].append(_descend(loss, denoiser, opt))
-            average.update_parameters(denoiser)
-            run['step'] += 1
-            if run['step'] % every and run['step'] != steps: continue
-            found = held_out_supervised(average.module, held_out, draw, picture)
-            _report(run, found, lr, path, log)
-            if path: _save_run(path, parts, run)
+        history = _train(step, judge, opt, parts, belongs, lr, steps, every, path, log)
     learned = average.module.eval().requires_grad_(False)
-    return learned, [tuple(h) for h in run['history']]
+    return learned, history
 
 # %% ../nbs/14e_supervised.ipynb #494711c6
 def _check_sampled(denoiser, picture):
@@ -231,23 +222,14 @@ def save_supervised(denoiser:ConditionalDenoiser, # its weights are rounded, as 
     card:dict # data, family, steps, losses: whatever the reader should know
     ) -> dict: # the whole card
     "Write a conditional denoiser with its card; weights in half precision"
-    path = Path(path).expanduser()
-    if not path.name.endswith(_ending):
-        raise ValueError(f'the name must end in {_ending}, got {path.name}')
-    state = denoiser.state_dict()
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError('the weights hold non-finite values: this denoiser has diverged')
-    card = json.loads(json.dumps(card | dict(net=net, variance=denoiser.variance,
-        schedule=_schedule_card(denoiser.schedule))))
-    load_state(_conditional_of(card['net'], denoiser.schedule, denoiser.variance), state)
-    with torch.no_grad():
-        for v in state.values(): v.copy_(_rounded(v).to(v))
-    tensors = {k: _rounded(v) for k, v in state.items()}
-    if hasattr(denoiser.schedule, 'log_snr'):
-        tensors['schedule.log_snr'] = denoiser.schedule.log_snr
-    save_tensors(path, tensors, card | dict(supervised=fingerprint(picture=picture)))
-    path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n')
-    return card
+    card = card | dict(net=net, variance=denoiser.variance,
+        schedule=_schedule_card(denoiser.schedule))
+    state, table = denoiser.state_dict(), getattr(denoiser.schedule, 'log_snr', None)
+    fresh = _conditional_of(card['net'], denoiser.schedule, denoiser.variance)
+    load_state(fresh, state) # refuses another network
+    exact = {} if table is None else {'schedule.log_snr': table}
+    return save_weights(state, path, _ending, card, exact,
+                        supervised=fingerprint(picture=picture))
 
 # %% ../nbs/14e_supervised.ipynb #2e11e4c1
 @torch.inference_mode(False)
