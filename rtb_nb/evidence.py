@@ -11,8 +11,10 @@ __all__ = ['standard_error', 'elbo', 'eubo', 'log_mean_exp', 'effective_sample_s
 import math
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from .amortise import gap, paired_log_weights
+from .likelihood import InverseProblem
 from .schedule import check_whole
 
 # %% ../nbs/15_evidence.ipynb #ca045103
@@ -118,6 +120,14 @@ def residual_chi2(y, # measurement, (B, ...) or (1, ...)
     seen = seen.to(square.device).flatten(1)
     return (square.flatten(1)*seen).sum(1)/seen.sum(1)
 
+@patch
+def chi2(self:InverseProblem, x:Tensor, # samples (B, ...)
+    y:Tensor # their measurements (B, ...), or one (1, ...)
+    ) -> Tensor: # (B,)
+    "`residual_chi2` of samples, over what this problem's operator sees of each"
+    mean = self.operator(x)
+    return residual_chi2(y, mean, self.noise_std, self.likelihood.seen(mean))
+
 # %% ../nbs/15_evidence.ipynb #5fa6bdf7
 def posterior_mean_error(samples, # (n, ...)
     truth # (...) or (1, ...)
@@ -186,10 +196,7 @@ def score_samples(problem, # an `InverseProblem`
                    pixel_std=as_double(x).std(0).mean() if n > 1 else None,
                    diversity=diversity(x) if n > 1 else None)
     if problem.likelihood.std is not None:
-        means = [problem.operator(part) for part in parts]
-        chi2 = [residual_chi2(y, mean, problem.noise_std, problem.likelihood.seen(mean))
-                for mean in means]
-        numbers['chi2'] = torch.cat(chi2).mean()
+        numbers['chi2'] = torch.cat([problem.chi2(part, y) for part in parts]).mean()
     if truth is not None:
         numbers |= _beside_truth(problem, x, y, torch.as_tensor(truth).to(x), perceptual, chunk)
     return as_floats(numbers)

@@ -40,6 +40,11 @@ class Samples(Described):
         "Cost of one sample in forwards of the prior's network; a backward counts as two"
         share = check_number('share', share, '[0, inf)')
         return (self.calls + 2*self.gradients + share*self.amortised)/len(self.x)
+    @classmethod
+    def of(cls, posterior, y, n:int) -> 'Samples': # y: one measurement, or n
+        "Draw from a posterior of drifts, and count what that costs"
+        with CallCounter(posterior.prior.denoiser) as counter: x = posterior.sample(y, n)
+        return cls(x, counter.images, counter.gradients)
 
 # %% ../nbs/11_samplers.ipynb #4a82403c
 class CallCounter:

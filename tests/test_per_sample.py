@@ -196,6 +196,7 @@ def test_residuals_count_what_is_seen(both):
     x, y = whole.simulate(6)
     mean = whole.operator(x+.1)
     found = residual_chi2(y, mean, STD, whole.likelihood.seen(mean))
+    close(found, whole.chi2(x+.1, y))
     step = whole.posterior([]).step(x, 2, y, x+.1)
     misfit = guess_misfit(step)
     for j, (one, at) in enumerate(zip(each, members(2))):

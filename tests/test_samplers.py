@@ -7,13 +7,14 @@ from options import COV, MEAN, SHAPE, bent_problem, linear_problem, measured, sa
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
+from rtb_nb.guidance import DPS
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
 from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
 from rtb_nb.operators import Mask, Matrix
 from rtb_nb.nonlinear import Compose
 from rtb_nb.particles import Tangent, fps, observe, resampled, twisted
-from rtb_nb.samplers import (CLEAN, CallCounter, Level, ancestral, bridge, chance, cla, cla_ve,
-    ddrm, dps, ladder, law, max_ratio, pigdm)
+from rtb_nb.samplers import (CLEAN, CallCounter, Level, Samples, ancestral, bridge, chance,
+    cla, cla_ve, ddrm, dps, ladder, law, max_ratio, pigdm)
 from rtb_nb.schedule import VE, Cosine, Linear
 
 shape, cov, mean, f64 = SHAPE, COV, MEAN, torch.float64
@@ -392,3 +393,12 @@ def test_bad_input_is_one_clear_line(case):
     call, words = bad_input[case]
     with pytest.raises((ValueError, TypeError)) as e: call()
     assert words in str(e.value) and '\n' not in str(e.value)
+
+def test_samples_of_a_posterior_are_counted():
+    problem = linear_problem()
+    y, q = measured(problem), problem.posterior([DPS(.1)])
+    torch.manual_seed(0)
+    found = Samples.of(q, y, 3)
+    torch.manual_seed(0)
+    assert torch.equal(found.x, q.sample(y, 3))
+    assert (found.calls, found.gradients) == (2*3*q.steps, 3*q.steps)
