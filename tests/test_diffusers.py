@@ -6,6 +6,7 @@ pytest.importorskip('diffusers')
 from diffusers import (DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler,
     PNDMScheduler, UNet2DModel)
 from diffusers.schedulers import scheduling_ddpm
+from project import experiments, name
 from rtb_nb.denoise import VDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.posterior import Drift, Posterior
@@ -304,3 +305,23 @@ def test_refusals_are_one_clear_line(name, unet, tmp_path, monkeypatch):
     offline(monkeypatch)
     with pytest.raises(kind) as e: fn(unet, tmp_path)
     assert words in str(e.value) and '\n' not in str(e.value)
+
+def test_pictures_of_ones_own_with_a_prior_of_diffusers(tmp_path):
+    from PIL import Image
+    from skimage.data import astronaut, camera, cat, coffee, coins, rocket
+    from test_experiments import execute
+    photographs = tmp_path/'photographs'
+    photographs.mkdir()
+    for im in (astronaut, camera, cat, coffee, coins, rocket):
+        Image.fromarray(im()).save(photographs/f'{im.__name__}.png')
+    net = network(sample_size=32, in_channels=3, out_channels=3)
+    DDPMPipeline(net, DDPMScheduler()).save_pretrained(tmp_path/'ddpm')
+    results = tmp_path/'results'
+    notebook = next(p for p in experiments() if name(p) == 'exp_lavps')
+    execute(notebook, tmp_path/'out.ipynb', parameters=dict(budget='smoke', out=str(results),
+        pictures=str(photographs), diffusers=str(tmp_path/'ddpm')))
+    found = [json.loads(v) for v in (results/'lavps.jsonl').read_text().splitlines()]
+    rows = {r['params'].get('row') for r in found if r['params'].get('split') == 'test'}
+    assert rows == {'LAVPS', 'MGDM', 'MGDM, library', 'DPS', 'guidance'}
+    assert {r['params']['dataset'] for r in found} == {'own'}
+    assert not [r['error'] for r in found if r['error']]
