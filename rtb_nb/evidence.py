@@ -4,25 +4,18 @@
 
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'log_mean_exp', 'effective_sample_size', 'evidence', 'resampled_eubo',
-           'residual_chi2', 'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats',
-           'reweighted', 'sandwich']
+           'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats', 'reweighted', 'sandwich']
 
 # %% ../nbs/15_evidence.ipynb #39733c5b
 import math
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 from .amortise import gap, paired_log_weights
-from .likelihood import InverseProblem
+from .likelihood import InverseProblem, as_double, residual_chi2
 from .schedule import check_whole
 
 # %% ../nbs/15_evidence.ipynb #ca045103
-def as_double(values) -> Tensor:
-    "The values in double precision: on the CPU where their device has none"
-    v = torch.as_tensor(values).detach()
-    return (v.cpu() if v.device.type == 'mps' else v).double()
-
 def as_values(values, dim=-1) -> Tensor: # float64
     "The values in double precision, refused where they are empty along `dim`"
     v = as_double(values)
@@ -97,36 +90,6 @@ def resampled_eubo(log_w, # log-weights of prior paths under the sampler, (n,)
     mean = (v*log_w).sum()
     se = (v*(log_w-mean)).square().sum().sqrt() if len(v) > 1 else None
     return as_floats(dict(eubo=mean, eubo_se=se, eubo_ess=effective_sample_size(log_r)))
-
-# %% ../nbs/15_evidence.ipynb #6b35d686
-def residual_chi2(y, # measurement, (B, ...) or (1, ...)
-    mean, # the operator's output for each sample, (B, ...)
-    noise_std, # in units of y; a number, or a tensor that broadcasts with y
-    seen=None # (B, ...) bool, where y counts: `likelihood.seen(mean)`; None: everywhere
-    ) -> Tensor: # (B,)
-    "Reduced chi2 of each sample's residual: |y - A x|^2 / (m sigma^2), m what is seen"
-    y, mean, noise_std = (as_double(v) for v in (y, mean, noise_std))
-    bad = noise_std[~((noise_std > 0) & noise_std.isfinite())]
-    if len(bad):
-        raise ValueError('noise_std must be positive and finite, in units of y, '
-                         f'got {bad[0].item()}')
-    if y.shape[1:] != mean.shape[1:] or len(y) not in (1, len(mean)) or mean.ndim < 2:
-        raise ValueError(f'y must be (B, ...) or (1, ...) for a mean of shape '
-                         f'{tuple(mean.shape)}, got {tuple(y.shape)}')
-    square = ((y-mean)/noise_std).square()
-    if seen is None: return square.flatten(1).mean(1)
-    if seen.shape != mean.shape: raise ValueError('seen must have the shape of the mean, '
-        f'{tuple(mean.shape)}, got {tuple(seen.shape)}')
-    seen = seen.to(square.device).flatten(1)
-    return (square.flatten(1)*seen).sum(1)/seen.sum(1)
-
-@patch
-def chi2(self:InverseProblem, x:Tensor, # samples (B, ...)
-    y:Tensor # their measurements (B, ...), or one (1, ...)
-    ) -> Tensor: # (B,)
-    "`residual_chi2` of samples, over what this problem's operator sees of each"
-    mean = self.operator(x)
-    return residual_chi2(y, mean, self.noise_std, self.likelihood.seen(mean))
 
 # %% ../nbs/15_evidence.ipynb #5fa6bdf7
 def posterior_mean_error(samples, # (n, ...)

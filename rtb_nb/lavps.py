@@ -214,10 +214,14 @@ def lavps(problem:InverseProblem, y, n:int,
     return replace(found, amortised=counter.images)
 
 # %% ../nbs/14d_lavps.ipynb #8196c398
-_views = {'picture': picture_view, 'residual': residual_view}
+def _correction_view(inner:Inner) -> Tensor: # (B, ...) with the image's size
+    op = inner.problem.operator
+    return as_picture(op, inner.y) - as_picture(op, op(inner.x0))
+
+_views = dict(picture=picture_view, residual=residual_view, correction=_correction_view)
 
 def image_amortiser(prior:Diffusion,
-    views_of_y=('picture', 'residual'), # what it sees of the measurement; the paper: picture
+    views_of_y=('picture', 'residual'), # or 'correction'; the paper's is 'picture' alone
     width=96, depth=4, patch=4 # of the `PatchTransformer`
     ) -> Amortiser:
     "An untrained amortiser for images (C, H, W)"

@@ -7,7 +7,7 @@ from rtb_nb.beds import plane
 from rtb_nb.evidence import *
 from rtb_nb.exact import BestDrift, ExactChain
 from rtb_nb.guidance import CLA
-from rtb_nb.likelihood import Tilted
+from rtb_nb.likelihood import Tilted, residual_chi2
 
 # ---- bounds
 

@@ -11,7 +11,7 @@ from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths
 from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
 from rtb_nb.denoise import gaussian_field
 from rtb_nb.diffusion import Diffusion
-from rtb_nb.evidence import evaluate, residual_chi2, sandwich
+from rtb_nb.evidence import evaluate, sandwich
 from rtb_nb.exact import ExactChain
 from rtb_nb.gradient import PathTrainer, path_form
 from rtb_nb.guidance import (CLA, DPS, GaussianMatching, LikelihoodGradient, MomentMatching,
@@ -20,7 +20,7 @@ from rtb_nb.hybrids import DPSCLA, DPSScore, gram_diagonal, guess_misfit
 from rtb_nb.imaging import (Blur, block_average, bicubic, box_mask, gaussian_blur,
                             motion_kernel)
 from rtb_nb.inner import adam_fit, daps, langevin, mgdm
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise
+from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, residual_chi2
 from rtb_nb.matching import PixelMatching, weighted_solve
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Identity, Mask, Matrix, adjoint_error
