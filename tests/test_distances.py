@@ -63,6 +63,25 @@ def test_lpips_is_its_formula_and_does_not_depend_on_the_batch(random_backbone):
     by_hand = sum(((unit(a)-unit(b)).square()*h).sum(1).mean() for a, b, h in each)
     assert whole[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
+def test_feature_distance_counts_all_channels_alike(random_backbone, tmp_path):
+    from safetensors.torch import save_file
+    torch.manual_seed(1)
+    x, truth = torch.rand(3, 3, 32, 32)*2-1, torch.rand(1, 3, 32, 32)*2-1
+    distance = FeatureDistance(random_backbone, 'squeeze')
+    found = distance(x, truth)
+    column = lambda *v: torch.tensor(v).reshape(3, 1, 1)
+    shift, scale = column(-.030, -.088, -.188), column(.458, .448, .450)
+    layers = lambda v: distance.net.net((v-shift)/scale)
+    unit = lambda f: f/f.square().sum(1, keepdim=True).sqrt().clamp(min=1e-10)
+    each = zip(layers(x), layers(truth))
+    by_hand = sum((unit(a)-unit(b)).square().sum(1).mean((1, 2)) for a, b in each)
+    assert torch.allclose(found, by_hand, rtol=1e-4)
+    weights = torch.load(random_backbone, weights_only=True)
+    save_file({k: v for k, v in weights.items() if k.startswith('features')},
+              tmp_path/'trunk.safetensors')
+    assert torch.equal(FeatureDistance(tmp_path/'trunk.safetensors', 'squeeze')(x, truth), found)
+    assert not torch.allclose(LPIPS(random_backbone, 'squeeze')(x, truth), found)
+
 def test_lpips_finds_the_cache_and_says_what_is_missing(random_backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     wanted = 'pass weights=PATH of vgg16-397923af.pth, to be had from https'
