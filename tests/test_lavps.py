@@ -4,6 +4,7 @@ import pytest, torch
 from options import linear_problem, small_prior
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
+from rtb_nb.imaging import block_average
 from rtb_nb.inner import Inner, adam_fit, just_below, mgdm, zero_shot
 from rtb_nb.lavps import (Amortiser, amortised, amortised_loss, draw_inner, gain,
                           image_amortiser, lavps, load_amortiser, narrowing_rate,
@@ -80,6 +81,22 @@ def test_an_untrained_amortiser_is_zero_shot():
         m, log_s = image_amortiser(prior, views, **SMALL)(inner)
         assert torch.equal(m, inner.mean) and (log_s == math.log(inner.std)).all()
         assert gain(image_amortiser(prior, views, **SMALL), inner).abs().max() < 1e-4
+
+def test_the_correction_is_the_least_change_that_fits():
+    "For a hole it is the residual; over tiles each pixel takes what its average lacks"
+    prior, x = blurred_prior(), images(2)
+    names = 'residual', 'correction'
+    views = dict(zip(names, image_amortiser(prior, names, **SMALL).features))
+    pair = levels_at(prior, [.6, .5])
+    hole = draw_inner(prior, family(2), x, pair)
+    assert torch.allclose(views['correction'](hole), views['residual'](hole), atol=1e-5)
+    tiles = draw_inner(prior, Likelihood(block_average((1, 4, 4), 2), .1), x, pair)
+    move, op = views['correction'](tiles), tiles.problem.operator
+    assert torch.allclose(op(tiles.x0 + move), tiles.y, atol=1e-5)
+    lacking = (tiles.y - op(tiles.x0)).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.allclose(move, lacking, atol=1e-5)
+    assert torch.allclose(4*views['residual'](tiles), move, atol=1e-5)
+    assert image_amortiser(prior, ('picture', 'correction'), **SMALL)(tiles)[0].shape == x.shape
 
 def test_best_of_keeps_for_each_sample_the_better():
     prior, x = blurred_prior(), images(6)
