@@ -137,7 +137,7 @@ class LPIPS(nn.Module):
 
 # %% ../nbs/15a_distances.ipynb #9a994f13
 class FeatureDistance(LPIPS):
-    "LPIPS without the learned weights: squared difference of unit features, summed over channels"
+    "LPIPS without what it learned: squared difference of unit features, over channels"
     learned = False
 
 # %% ../nbs/15a_distances.ipynb #644fe47f

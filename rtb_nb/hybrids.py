@@ -6,13 +6,13 @@
 __all__ = ['DPSScore', 'gram_diagonal', 'DPSCLA', 'PaperGate', 'guess_misfit']
 
 # %% ../nbs/10b_hybrids.ipynb #6c3ee729
-import math, weakref
+import math
 from functools import cache
 import torch
 from torch import nn, Tensor
 from .guidance import Guidance, _constant, _guess_gradient, _leaf
 from .networks import TimeEmbedding, zero_
-from .per_sample import PerSample
+from .per_sample import LinearOperator # with its powers
 from .posterior import Drift, Step, gradients
 from .schedule import check_number, check_whole
 
@@ -31,24 +31,6 @@ class DPSScore(Guidance):
         log_r = lambda x0: likelihood.log_prob(x0, y).sum()
         return _guess_gradient(step, denoiser, log_r, type(self).__name__).nan_to_num(0.)
     def forward(self, step): return step.std*self.score(step).clamp(-self.clip, self.clip)
-
-# %% ../nbs/10b_hybrids.ipynb #ffe88ce6
-_diagonals = weakref.WeakKeyDictionary() # operator -> {(dtype, device): its diagonal}
-
-def _linear_diagonal(operator, like:Tensor # measurements (B, ...)
-    ) -> Tensor: # (1, ...)
-    "Of A A^T, once for each operator, by its adjoint"
-    known, key = _diagonals.setdefault(operator, {}), (like.dtype, like.device)
-    if key not in known:
-        with torch.inference_mode(False), torch.no_grad():
-            event = like.shape[1:]
-            units = torch.arange(event.numel(), device=like.device).split(256)
-            def lengths(i):
-                e = like.new_zeros(len(i), event.numel())
-                e[torch.arange(len(i), device=like.device), i] = 1.
-                return operator.adjoint(e.reshape(-1, *event)).square().flatten(1).sum(1)
-            known[key] = torch.cat([lengths(i) for i in units]).reshape(1, *event)
-    return known[key]
 
 # %% ../nbs/10b_hybrids.ipynb #bdcf1a9d
 @cache
@@ -78,8 +60,7 @@ def gram_diagonal(operator, x0:Tensor, # where (B, ...)
     ) -> Tensor: # shaped to multiply y
     "Diagonal of J J^T, where J is the operator's derivative at `x0`; no network is called"
     probes = check_whole('probes', probes, hint='each is one pass of the operator')
-    if isinstance(operator, PerSample): return operator.row_power(y)
-    if hasattr(operator, 'adjoint'): return _linear_diagonal(operator, y)
+    if isinstance(operator, LinearOperator): return operator.row_power(y)
     return _probed_diagonal(operator, x0, probes)
 
 # %% ../nbs/10b_hybrids.ipynb #3136638e

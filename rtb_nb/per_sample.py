@@ -7,6 +7,7 @@ __all__ = ['PerSample', 'Masks', 'BlockAverages', 'Blurs', 'as_picture', 'random
            'random_kernels', 'load_kernels']
 
 # %% ../nbs/07d_per_sample.ipynb #967b7421
+import math
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -224,6 +225,33 @@ def row_power(self:Blurs, like): return self._each(0, like)
 
 @patch
 def column_power(self:Blurs, like): return self._each(1, like)
+
+# %% ../nbs/07d_per_sample.ipynb #f3db158d
+@patch
+def _power(self:LinearOperator, name, shape, like):
+    "Squared lengths of what `name`, linear or transpose, makes of the unit vectors"
+    key = f'power of {name}', like.dtype, like.device
+    if key in self.casts: return self.casts[key]
+    n, at = math.prod(shape)//self.blocks, dict(device=self.offset.device)
+    def lengths(i):
+        units = torch.zeros(len(i), n, dtype=torch.float64, **at)
+        return getattr(self, name)(units.scatter_(1, i[:, None], 1.)).square().sum(1)
+    with torch.inference_mode(False), torch.no_grad():
+        power = torch.cat([lengths(i) for i in torch.arange(n, **at).split(256)])
+        self.casts[key] = power.repeat(self.blocks).reshape(1, *shape).to(like)
+    return self.casts[key]
+
+@patch
+def row_power(self:LinearOperator, like:Tensor # measurements, for precision and device
+    ) -> Tensor: # (1, *out_shape)
+    "The diagonal of A A^T: the variance that unit noise in x gives each entry of y"
+    return self._power('transpose', self.out_shape, like)
+
+@patch
+def column_power(self:LinearOperator, like:Tensor # images, for precision and device
+    ) -> Tensor: # (1, *in_shape)
+    "The diagonal of A^T A: the power that each entry of x has in y"
+    return self._power('linear', self.in_shape, like)
 
 # %% ../nbs/07d_per_sample.ipynb #d6fe1b61
 def as_picture(operator, # linear

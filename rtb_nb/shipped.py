@@ -9,7 +9,6 @@ __all__ = ['source_view', 'family_drifts', 'gentle_optimiser', 'save_posterior',
 import warnings
 from pathlib import Path
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from .amortise import _bank_belongs
 from .checkpoints import (check_fingerprint, load_state, load_tensors, save_weights,
@@ -20,22 +19,9 @@ from .families import LensFamily, outside
 from .guidance import MomentMatching, likelihood_slope
 from .likelihood import InverseProblem
 from .matching import PixelMatching
-from .operators import LinearOperator
 from .posterior import Posterior, Step
 from .schedule import check_number
 from .train import image_drifts
-
-# %% ../nbs/14c_shipped.ipynb #2c3669c8
-@patch
-def column_power(self:LinearOperator, like:Tensor # for its precision and device
-    ) -> Tensor: # (1, *in_shape)
-    "The diagonal of A^T A: the power that each entry of x has in y; computed once"
-    key = 'power', like.dtype, like.device
-    if key not in self.casts:
-        with torch.inference_mode(False), torch.no_grad():
-            power = self.block().square().sum(0).repeat(self.blocks)
-            self.casts[key] = power.reshape(1, *self.in_shape).to(like)
-    return self.casts[key]
 
 # %% ../nbs/14c_shipped.ipynb #a8eef396
 def source_view(step:Step) -> Tensor: # (B, 2 channels, ...) with the image's size

@@ -79,7 +79,8 @@ def test_feature_distance_counts_all_channels_alike(random_backbone, tmp_path):
     weights = torch.load(random_backbone, weights_only=True)
     save_file({k: v for k, v in weights.items() if k.startswith('features')},
               tmp_path/'trunk.safetensors')
-    assert torch.equal(FeatureDistance(tmp_path/'trunk.safetensors', 'squeeze')(x, truth), found)
+    again = FeatureDistance(tmp_path/'trunk.safetensors', 'squeeze')
+    assert torch.equal(again(x, truth), found)
     assert not torch.allclose(LPIPS(random_backbone, 'squeeze')(x, truth), found)
 
 def test_lpips_finds_the_cache_and_says_what_is_missing(random_backbone, tmp_path, monkeypatch):
