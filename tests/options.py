@@ -7,6 +7,7 @@ import torch
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
+from rtb_nb.latent_samplers import closer, resample_latent
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.operators import Mask
 from rtb_nb.nonlinear import Compose
@@ -58,6 +59,9 @@ any_rows = {
     mgdm: [dict(steps=3, fit=adam_fit(1)), dict(steps=3, gibbs=1, down=1),
            dict(times=times, down=2),
            dict(steps=4, gibbs=2, down=2, fit=adam_fit(2, LEAST))],
+    resample_latent: [*(w | dict(solve=closer(2)) for w in walks),
+                      dict(first=0., every=1, steps=4, solve=closer(1, LEAST, 0.)),
+                      dict(gamma=LEAST, first=1., steps=4)],
 }
 
 

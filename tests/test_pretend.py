@@ -9,7 +9,7 @@ from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
 from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths,
                               paired_log_weights)
-from rtb_nb.beds import small_lens
+from rtb_nb.beds import small_lens, two_modes
 from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
 from rtb_nb.errors import PixelError, load_error, save_error, train_error
 from rtb_nb.evidence import evaluate, sandwich
@@ -19,11 +19,15 @@ from rtb_nb.guidance import Gate, MomentMatching
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.lavps import (image_amortiser, lavps, load_amortiser, save_amortiser,
                           train_amortiser)
+from rtb_nb.latent import (Autoencoder, class_shares, classify, fit_mixture,
+    load_autoencoder, load_mixture, save_autoencoder, save_mixture, train_autoencoder)
+from rtb_nb.latent_samplers import psld, resample_latent
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.matching import PixelMatching, PixelProximal
 from rtb_nb.mmps import MMPS, SubspaceMatching
 from rtb_nb.networks import PatchTransformer
+from rtb_nb.nonlinear import Compose
 from rtb_nb.objective import RTB, ScalarLogZ
 from rtb_nb.operators import Mask
 from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
@@ -33,6 +37,7 @@ from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
 from rtb_nb.supervised import (ConditionalDenoiser, ddim, load_supervised, save_supervised,
                                train_supervised)
+from rtb_nb.tempered import tempered
 from rtb_nb.train import Trainer, image_drifts
 from test_experiments import SMALLEST, label, parameters
 
@@ -247,6 +252,35 @@ def test_matching_by_the_jacobian(make, device):
     x = posterior.sample(y, 3)
     assert isinstance(x, Away) and x.isfinite().all()
 
+def test_a_latent_space_its_files_and_its_samplers(device, tmp_path):
+    torch.manual_seed(0)
+    x, path = torch.randn(12, 1, 8, 8), tmp_path/'run.safetensors'
+    for _ in range(2): # the second time it takes up a finished run
+        model, _ = train_autoencoder(Autoencoder((1, 8, 8), (3,), 4).to(device), x, x, steps=2,
+            batch=2, every=1, path=path, log=str)
+    codes, labels = model.codes(x.to(device)), torch.arange(12) % 2
+    mixture, _ = fit_mixture(codes, 2, steps=2)
+    shares = class_shares(mixture, codes, labels, 2)
+    save_autoencoder(model, tmp_path/'a.autoencoder.safetensors', {})
+    save_mixture(mixture, tmp_path/'a.mixture.safetensors', {}, shares)
+    model = load_autoencoder(tmp_path/'a.autoencoder.safetensors', device)
+    prior = load_mixture(tmp_path/'a.mixture.safetensors', 6, device=device)
+    op = Compose(Mask(torch.eye(8)[None]), model.decoder)
+    problem = InverseProblem(prior, Likelihood(op, .1)).to(device)
+    y, encode = problem.simulate(1)[1], lambda x: model.encode(x)[0]
+    for f in (psld, resample_latent):
+        found = f(problem, y, 3, encode=encode, steps=6).x
+        assert isinstance(found, Away) and found.isfinite().all()
+    assert classify(prior.denoiser, prior.shares, found).shape == (3,)
+
+def test_tempered_particles(device):
+    torch.manual_seed(0)
+    bed = two_modes()
+    problem, q = bed.to(device).problem, bed.problem.prior.denoiser.distribution()
+    def log_r(x): return problem.likelihood.log_prob(x, bed.y.to(x).expand(len(x), -1))
+    x, log_z, log = tempered(q.log_prob, log_r, lambda n: q.sample((n,)), 20)
+    assert isinstance(x, Away) and x.isfinite().all() and log[-1]['beta'] == 1
+
 OPTIONS = sampler_options()
 
 IDS = [f'{sampler.__name__}-{i}' for i, (sampler, *_) in enumerate(OPTIONS)]
@@ -270,6 +304,7 @@ PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in dec
 LESS = dict( # rows that between them make every move of the longer ones
     exp_conditional=dict(methods=['guidance', 'RTB+DPS']),
     exp_consistency=dict(methods='refined on each'),
+    exp_latent=dict(methods=['PSLD', 'DAPS', 'RTB']),
     exp_lavps=dict(methods=['LAVPS', 'DAPS']),
     exp_lensing=dict(methods=['CLA', 'and both']),
     exp_ood=dict(shifts=['half images', 'noise doubled']))
