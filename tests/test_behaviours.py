@@ -5,7 +5,7 @@ from torch.distributions import MultivariateNormal
 from rtb_nb.beds import plane
 from rtb_nb.behaviours import (Anneal, Backtrack, FromPrior, Mixture, Noised, OnPolicy,
                                _resimulate, shares)
-from rtb_nb.diffusion import Diffusion, Trajectories
+from rtb_nb.diffusion import Trajectories
 from rtb_nb.drifts import NetDrift
 from rtb_nb.guidance import MomentMatching
 from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted

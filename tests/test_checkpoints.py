@@ -1,10 +1,10 @@
 "Files come back whole, into what they fit, and know which run they are of"
-import functools, sys
+import functools
 
 import numpy as np, pytest, torch
 from rtb_nb.checkpoints import (check_fingerprint, fingerprint, flat_state, load_state,
     load_tensors, save_tensors)
-from rtb_nb.denoise import GaussianDenoiser, VDenoiser
+from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.networks import UNet, VectorNet
 from rtb_nb.schedule import Cosine, Linear

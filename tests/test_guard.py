@@ -4,7 +4,7 @@ import pytest, torch
 from rtb_nb.experiment import read_records, run_record
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.objective import RTB, Adaptive, Huber, NetLogZ, Ramp, ScalarLogZ
-from rtb_nb.train import Diverged, Guard, Trainer
+from rtb_nb.train import Guard, Trainer
 from test_core import Y, learned, plane, same, trainer, weights
 
 refusals = {

@@ -5,14 +5,12 @@ from options import linear_problem, small_prior
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.imaging import block_average
-from rtb_nb.inner import Inner, adam_fit, just_below, mgdm, zero_shot
+from rtb_nb.inner import adam_fit, just_below, mgdm, zero_shot
 from rtb_nb.lavps import (Amortiser, amortised, amortised_loss, draw_inner, gain,
                           image_amortiser, lavps, load_amortiser, narrowing_rate,
-                          picture_view, random_levels, residual_view, save_amortiser,
-                          shipped_amortisers, train_amortiser)
+                          random_levels, save_amortiser, shipped_amortisers, train_amortiser)
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.networks import VectorNet
-from rtb_nb.operators import Mask
 from rtb_nb.per_sample import random_boxes
 from rtb_nb.priors import load_prior
 from rtb_nb.samplers import CLEAN, bridge, levels_at

@@ -2,7 +2,6 @@
 import copy, pickle
 
 import numpy as np, pytest, torch
-from torch import nn
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.checkpoints import flat_state, load_state, load_tensors, save_tensors
 from rtb_nb.denoise import GaussianDenoiser, VDenoiser
