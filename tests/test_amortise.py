@@ -1,13 +1,14 @@
 "Joint paths, banks of them, families of likelihoods, and maximum likelihood without the prior"
 import pytest, torch
 
-from rtb_nb.amortise import (Bank, Family, Fresh, Joint, MaximumLikelihood, another, gap,
+from rtb_nb.amortise import (Bank, Family, Fresh, Joint, MaximumLikelihood, another,
+    bridge_log_ratio, bridge_step, gap,
     joint_paths, load_bank, pair_log_ratio, paired_log_weights, save_bank)
 from rtb_nb.beds import plane
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.drifts import NetDrift
 from rtb_nb.exact import ExactChain, ExactPosterior
-from rtb_nb.guidance import MomentMatching
+from rtb_nb.guidance import GaussianMatching, MomentMatching
 from rtb_nb.likelihood import Likelihood
 from rtb_nb.networks import VectorNet
 from rtb_nb.operators import Matrix
@@ -150,3 +151,27 @@ def test_fresh_measurements_of_given_images(problem):
     assert len(tau) == 6 and len(tau.y.unique()) == 3
     with pytest.raises(ValueError, match=r'images must be \(N, 2\)'):
         Fresh(OnPolicy(posterior, 2), torch.randn(5, 3))
+
+def test_the_mean_of_a_step_stands_in_for_the_step():
+    "Same mean of the loss, a fraction of its variance; nothing else of the path is used"
+    torch.manual_seed(0)
+    problem = plane(steps=20)
+    bank, posterior = Bank.of(problem.prior, 4000), problem.posterior([GaussianMatching()])
+    pairs = bank.pairs(problem.likelihood, 40_000)
+    noisy, quiet = pair_log_ratio(posterior, pairs), bridge_log_ratio(posterior, pairs)
+    apart = noisy - quiet
+    assert abs(apart.mean()) < 4*apart.std()/len(apart)**.5
+    assert quiet.var() < noisy.var()
+    pairs.following = pairs.following + 1
+    assert torch.equal(bridge_log_ratio(posterior, pairs), quiet)
+
+def test_the_last_step_is_its_own_mean(problem):
+    torch.manual_seed(0)
+    bank, posterior = Bank.of(problem.prior, 20), problem.posterior([])
+    pairs = bank.pairs(problem.likelihood, 200)
+    last = pairs.k == bank.tau.steps - 1
+    mean, std = (posterior.mean(pairs.x, pairs.k, pairs.x0_hat),
+                 posterior.chain.at('std', pairs.k, pairs.x))
+    z, found = (pairs.following - mean)/std, bridge_step(posterior, pairs)
+    assert last.any() and torch.allclose(found[last], z[last], atol=1e-3)
+    assert not torch.allclose(found[~last], z[~last], atol=1e-1)
