@@ -4,14 +4,18 @@ import subprocess, sys
 import pytest, torch
 from torch import nn
 
+from rtb_nb.amortise import (Bank, Family, Fresh, bridge_log_ratio, gap, joint_paths,
+    paired_log_weights)
 from rtb_nb.beds import plane
 from rtb_nb.behaviours import FromPrior, OnPolicy
 from rtb_nb.drifts import NetDrift
-from rtb_nb.gradient import PathTrainer, path_form
+from rtb_nb.gradient import GapTrainer, PathTrainer, path_form
 from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
     MomentMatching, PiGDM, ProximalMatching, likelihood_slope, measurement_feature)
+from rtb_nb.likelihood import Likelihood
 from rtb_nb.networks import VectorNet
 from rtb_nb.objective import Adaptive
+from rtb_nb.operators import Matrix
 
 Y = torch.tensor([[.9]])
 
@@ -110,10 +114,75 @@ def test_trainer_learns_counts_and_resumes(posterior, tmp_path):
 @pytest.mark.parametrize('behaviour, options', [
     (lambda p: FromPrior(p, 4), {}), (lambda p: OnPolicy(p, 4, noise=.1), {}),
     (lambda p: OnPolicy(p, 4), dict(updates=2)), (lambda p: OnPolicy(p, 4), dict(fraction=.5)),
-    (lambda p: OnPolicy(p, 4), dict(beta=Adaptive()))])
+    (lambda p: OnPolicy(p, 4), dict(beta=Adaptive())),
+    (lambda p: Fresh(FromPrior(p, 4), torch.zeros(3, 2)), {})])
 def test_what_the_path_form_cannot_do_is_refused(posterior, behaviour, options):
     with pytest.raises(ValueError, match='path form'):
         PathTrainer(posterior, behaviour(posterior), **options)
+
+def amortised(problem=None):
+    torch.manual_seed(0)
+    problem = problem or plane(steps=6)
+    return problem.posterior([NetDrift(net(5), measurement_feature)])
+
+def test_the_gap_has_both_gradients():
+    "That of own paths by the path form, and that of the bank's pairs"
+    posterior = amortised()
+    bank = Bank.of(posterior.prior, 30)
+    trainer = GapTrainer(posterior, bank, n=2, measurements=3, pairs=16)
+    torch.manual_seed(1)
+    tau = trainer.behaviour()
+    assert len(tau) == 6 and len(tau.y.unique()) == 3
+    torch.manual_seed(2)
+    trainer.add_gradient(tau)
+    both = gradient(posterior)
+    path_form(posterior, tau)
+    lower = gradient(posterior)
+    torch.manual_seed(2)
+    pairs = bank.pairs(posterior.likelihood, 16)
+    (-posterior.steps*bridge_log_ratio(posterior, pairs).mean()).backward()
+    upper = gradient(posterior)
+    torch.testing.assert_close(both, lower + upper, atol=1e-5, rtol=1e-4)
+    assert lower.norm() > 0 and upper.norm() > 0
+
+def test_the_gap_closes_counts_and_resumes(tmp_path):
+    torch.manual_seed(0)
+    problem = plane(steps=6)
+    bank, held_out = Bank.of(problem.prior, 200), joint_paths(problem, 100)
+    def one(name): return GapTrainer(amortised(problem), bank, path=tmp_path/name)
+    before = gap(*paired_log_weights(amortised(problem), held_out, 2))[0]
+    whole = one('whole')
+    torch.manual_seed(3)
+    whole.fit(None, 40, every=20, log=str)
+    assert whole.calls == 40*2*6*8
+    assert gap(*paired_log_weights(whole.averaged, held_out, 2))[0] < .7*before
+    plain = dict(every=20, anneal=0., log=str)
+    whole, first = one('again'), one('parts')
+    torch.manual_seed(3)
+    whole.fit(None, 40, **plain)
+    torch.manual_seed(3)
+    first.fit(None, 20, **plain)
+    second = one('parts').resume().fit(None, 40, **plain)
+    assert second.history == whole.history and len(whole.history) == 40
+    for p, q in zip(second.learned, whole.learned): assert torch.equal(p, q)
+
+def test_the_gap_moves_on_to_another_member_of_a_family():
+    torch.manual_seed(0)
+    members = [Likelihood(Matrix([[1., 0.]]), .1), Likelihood(Matrix([[0., 1.]]), .2)]
+    flat, family = plane(steps=6), Family(members)
+    posterior = amortised(type(flat)(flat.prior, family))
+    trainer, seen = GapTrainer(posterior, Bank.of(flat.prior, 10), measurements=1), set()
+    for _ in range(12):
+        trainer.iterate(None)
+        seen.add(family.noise_std)
+    assert seen == {.1, .2}
+
+def test_the_gap_refuses_a_foreign_bank_and_a_single_path():
+    posterior = amortised()
+    with pytest.raises(ValueError, match='another prior'):
+        GapTrainer(posterior, Bank.of(plane(steps=6).prior, 4))
+    with pytest.raises(ValueError, match='n must be'):
+        GapTrainer(posterior, Bank.of(posterior.prior, 4), n=1)
 
 MEASURED = '''
 import resource, torch

@@ -14,7 +14,7 @@ from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
 from rtb_nb.errors import PixelError, load_error, save_error, train_error
 from rtb_nb.evidence import evaluate, sandwich
 from rtb_nb.families import LensBank, LensFamily
-from rtb_nb.gradient import PathTrainer
+from rtb_nb.gradient import GapTrainer, PathTrainer
 from rtb_nb.guidance import Gate, MomentMatching
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
 from rtb_nb.lavps import (image_amortiser, lavps, load_amortiser, save_amortiser,
@@ -148,6 +148,7 @@ def test_amortised_training_and_the_path_form(device):
     MaximumLikelihood(posterior, bank, pairs=8).fit(None, 2, log=str)
     Trainer(posterior, Joint(posterior, bank, 2, 2)).fit(None, 2, log=str)
     PathTrainer(posterior, OnPolicy(posterior, 2)).fit(problem.simulate(1)[1], 2, log=str)
+    GapTrainer(posterior, bank, 2, measurements=2, pairs=8).fit(None, 2, log=str)
     joint, own = paired_log_weights(posterior, bank.measured_paths(problem.likelihood, 3), 2)
     assert isinstance(joint, Away) and own.shape == (3, 2)
 
