@@ -105,6 +105,13 @@ def gap(self:ExactChain) -> float:
     "log Z minus the best ELBO at shared variance, in nats"
     return self.log_evidence - self.best_elbo
 
+@patch(as_prop=True)
+def gap_of_both(self:ExactChain) -> float:
+    "EUBO minus ELBO of the best drift at shared variance, in nats (chapter 14a)"
+    if not self.P: raise ValueError('this chain kept no matrices: make it with keep=True')
+    return sum((s2*P.trace() + M.trace() - len(M)).item()
+               for s2, P, M in zip(self.s2, self.P, self.M))/2
+
 # %% ../nbs/09a_exact.ipynb #c1cade0d
 @patch
 def posterior(self:ExactChain) -> MultivariateNormal:

@@ -175,3 +175,9 @@ def test_the_last_step_is_its_own_mean(problem):
     z, found = (pairs.following - mean)/std, bridge_step(posterior, pairs)
     assert last.any() and torch.allclose(found[last], z[last], atol=1e-3)
     assert not torch.allclose(found[~last], z[~last], atol=1e-1)
+
+def test_the_gap_of_the_best_drift_needs_its_matrices():
+    chain = ExactChain(plane(steps=6), torch.tensor([[.9]]))
+    assert chain.gap < chain.gap_of_both < 4*chain.gap
+    with pytest.raises(ValueError, match='keep=True'):
+        ExactChain(plane(steps=6), torch.tensor([[.9]]), keep=False).gap_of_both
