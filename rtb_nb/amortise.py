@@ -9,7 +9,6 @@ __all__ = ['joint_paths', 'paired_log_weights', 'gap', 'Bank', 'save_bank', 'loa
 # %% ../nbs/14a_amortise.ipynb #7a21141c
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor

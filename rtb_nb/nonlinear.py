@@ -6,7 +6,6 @@
 __all__ = ['is_physics', 'Compose', 'LinearCompose', 'FourierMagnitude', 'NonlinearBlur', 'Frozen']
 
 # %% ../nbs/07b_nonlinear.ipynb #a6294980
-import math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor

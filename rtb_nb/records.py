@@ -6,7 +6,7 @@
 __all__ = ['to_plain', 'from_plain', 'ask_git', 'Record', 'record', 'append_record', 'entry_of', 'read_records']
 
 # %% ../nbs/16_records.ipynb #2d2815e4
-import functools, json, math, numbers, os, platform, subprocess, warnings
+import functools, json, numbers, os, platform, subprocess, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np, rtb_nb, torch

@@ -10,7 +10,7 @@ from rtb_nb.exact import ExactChain
 from rtb_nb.guidance import DPS
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
 from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
-from rtb_nb.operators import Mask, Matrix
+from rtb_nb.operators import Matrix
 from rtb_nb.nonlinear import Compose
 from rtb_nb.particles import Tangent, fps, observe, resampled, twisted
 from rtb_nb.samplers import (CLEAN, CallCounter, Level, Samples, ancestral, bridge, chance,
