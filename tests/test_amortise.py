@@ -181,3 +181,23 @@ def test_the_gap_of_the_best_drift_needs_its_matrices():
     assert chain.gap < chain.gap_of_both < 4*chain.gap
     with pytest.raises(ValueError, match='keep=True'):
         ExactChain(plane(steps=6), torch.tensor([[.9]]), keep=False).gap_of_both
+
+def test_a_family_resumes_at_whatever_member(tmp_path):
+    "The present member is no part of what a run is; the members are"
+    flat = plane(steps=6)
+    def one(*noises, seed):
+        torch.manual_seed(seed)
+        family = Family([Likelihood(Matrix([[1., 0.]]), s) for s in noises])
+        posterior = learned(type(flat)(flat.prior, family))
+        return MaximumLikelihood(posterior, bank, pairs=8, path=tmp_path/'family'), family
+    bank = Bank.of(flat.prior, 10)
+    first, family = one(.1, .2, seed=0)
+    first.fit(None, 2, log=str)
+    for seed in range(8):
+        again, other = one(.1, .2, seed=seed)
+        if other.noise_std != family.noise_std: break
+    assert other.noise_std != family.noise_std
+    again.resume().fit(None, 3, log=str)
+    assert again.step == 3
+    with pytest.raises(ValueError, match='another operator'):
+        one(.1, .3, seed=0)[0].resume().fit(None, 5, log=str)
