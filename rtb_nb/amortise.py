@@ -67,6 +67,11 @@ class Bank:
         sizes = [min(chunk, n-i) for i in range(0, n, check_whole('chunk', chunk))]
         return cls(Trajectories.cat([prior.simulate(m) for m in sizes]), prior)
     def __len__(self): return len(self.tau)
+    def check(self, posterior:Posterior):
+        "Refuse to serve a posterior of another prior"
+        if self.prior.guesser is not posterior.guesser:
+            raise ValueError('this bank holds paths of another prior than the posterior\'s: '
+                'make it with Bank.of(posterior.prior, n)')
     @property
     def nbytes(self) -> int: "In memory, and about the same on disk"; return sum(
         v.numel()*v.element_size() for v in (self.tau.x, self.tau.x0_hat))
@@ -157,6 +162,10 @@ class Family(Likelihood):
         self.member = members[torch.randint(len(members), ()).item()] if many else members()
         return self.member
     @property
+    def identity(self) -> dict:
+        "All members, for the present one says nothing of a run"
+        return dict(operator=self.members, noise=None)
+    @property
     def operator(self): "The present member's"; return self.member.operator
     @property
     def noise(self): "The present member's"; return self.member.noise
@@ -175,9 +184,7 @@ class MaximumLikelihood(Trainer):
         pairs=64, # random steps of random paths per batch
         **options # of `Trainer`
         ):
-        if bank.prior.guesser is not posterior.guesser:
-            raise ValueError('this bank holds paths of another prior than the posterior\'s: '
-                'make it with Bank.of(posterior.prior, n)')
+        bank.check(posterior)
         super().__init__(posterior, bank, **options)
         self.pairs = check_whole('pairs', pairs)
     def iterate(self, y=None):
@@ -206,9 +213,7 @@ class Joint(Behaviour):
         measurements=8 # fresh ones per batch
         ):
         super().__init__(posterior, n)
-        if bank.prior.guesser is not posterior.guesser:
-            raise ValueError('this bank holds paths of another prior than the posterior\'s: '
-                'make it with Bank.of(posterior.prior, n)')
+        bank.check(posterior)
         self.measurements = check_whole('measurements', measurements)
         self.__dict__['bank'] = bank
     def forward(self, y=None) -> Trajectories: # measurements come from the bank: y is not read

@@ -87,9 +87,7 @@ class GapTrainer(PathTrainer):
         pairs=64, # random steps of joint paths per batch
         **options # of `Trainer`, as for `PathTrainer`
         ):
-        if bank.prior.guesser is not posterior.guesser:
-            raise ValueError('this bank holds paths of another prior than the posterior\'s: '
-                'make it with Bank.of(posterior.prior, n)')
+        bank.check(posterior)
         own = OnPolicy(posterior, check_whole('n', n, 2))
         super().__init__(posterior, Fresh(own, bank.tau.x0, measurements), **options)
         self.bank, self.pairs = bank, check_whole('pairs', pairs)

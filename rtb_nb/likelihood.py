@@ -76,6 +76,10 @@ class Likelihood(Described, nn.Module):
         noise = in_words(self.noise) if self.noise else f'Gaussian, std {self.std:g}'
         return {'operator': f'{name} {" to ".join(known)}'.strip(), 'noise': noise}
     @property
+    def identity(self) -> dict:
+        "What a checkpoint of a run with it is held against"
+        return dict(operator=self.operator, noise=[self.std, self.noise])
+    @property
     def n_operators(self) -> int:
         "How many operators the operator holds, each for its own part of a batch"
         return getattr(self.operator, 'members', 1)
@@ -328,6 +332,8 @@ class Tilt(Described, nn.Module):
     @property
     def noise_std(self):
         raise ValueError('a tilted prior has no noise: this needs a measurement')
+    @property
+    def identity(self) -> dict: return dict(operator=None, noise=[None, None])
     def describe(self) -> dict: return {'tilt': in_words(self.log_r)}
     def y_shape(self, shape) -> tuple: return (0,)
     def log_prob(self, x0, y) -> Tensor:

@@ -272,15 +272,15 @@ def resume(self:Trainer):
 @patch
 def belongs_to(self:Trainer, y:Tensor):
     "Refuse to go on with another run's state; remember whose state this is"
-    prior, model = self.problem.prior, self.problem.likelihood
+    prior, likelihood = self.problem.prior, self.problem.likelihood
+    shapes = {n: list(p.shape) for n, p in self.posterior.drifts.named_parameters()}
     bound, log_z = self.objective.bound, self.objective.log_z
-    now = fingerprint( # a family's present member says nothing, its members do
-        prior=prior.denoiser or prior, chain=prior.chain, y=y,
-        operator=getattr(model, 'members', model.operator),
-        noise=getattr(model, 'members', [model.std, getattr(model, 'noise', None)]),
-        drifts={n: list(p.shape) for n, p in self.posterior.drifts.named_parameters()},
+    now = fingerprint(
+        prior=prior.denoiser or prior, chain=prior.chain, y=y, drifts=shapes,
+        **likelihood.identity,
         objective=[type(log_z).__name__, self.objective.dead_zone, type(bound).__name__,
-            getattr(bound, 'bound', None)], settings=[self.updates, self.fraction, self.clip])
+                   getattr(bound, 'bound', None)],
+        settings=[self.updates, self.fraction, self.clip])
     if not self.step: self.trained_for = now
     elif self.trained_for.get('y') != now['y']:
         raise ValueError(f'{self.path or "this trainer"} was trained on another y: make a new '

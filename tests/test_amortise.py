@@ -2,8 +2,8 @@
 import pytest, torch
 
 from rtb_nb.amortise import (Bank, Family, Fresh, Joint, MaximumLikelihood, another,
-    bridge_log_ratio, bridge_step, gap,
-    joint_paths, load_bank, pair_log_ratio, paired_log_weights, save_bank)
+    bridge_log_ratio, bridge_step, gap, joint_paths, load_bank, pair_log_ratio,
+    paired_log_weights, save_bank)
 from rtb_nb.beds import plane
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.drifts import NetDrift

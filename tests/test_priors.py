@@ -2,8 +2,7 @@
 import copy, json, math
 
 import pytest, torch
-from rtb_nb.denoise import (EpsDenoiser, GaussianDenoiser, VDenoiser,
-    X0Denoiser)
+from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, VDenoiser, X0Denoiser
 from rtb_nb.networks import PatchTransformer, UNet, VectorNet
 from rtb_nb.priors import (held_out_loss, learning_rate, load_prior, save_prior, shipped_priors,
     train_prior)
