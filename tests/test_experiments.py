@@ -40,6 +40,8 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
                 methods=['FPS', 'FPS-SMC', 'RTB, log Z(y)', 'RTB+DPS+CLA'])],
             'exp_consistency': [dict(methods=['CLA', 'refined on each'])],
             'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
+            'exp_posteriors': [{}, dict(family='shakes',
+                                        data=lambda folder: digits(folder).parent)],
             'exp_ood': [dict(data=lambda folder: digits(folder).parent)],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
             'tutorials/2_undo_a_lens': [dict(

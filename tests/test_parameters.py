@@ -39,6 +39,8 @@ own = dict(
                        dict(tasks=['box', 'hole']), dict(measurements='first'),
                        dict(workers=-2)],
     exp_latent=[*noise, *rows],
+    exp_ablation=[dict(methods='XYZ'), dict(seeds=-1), dict(seconds='long')],
+    exp_posteriors=[dict(family='moons'), dict(lenses=.5)],
     exp_lavps=[*noise, dict(methods='XYZ'), dict(tasks=['box', 'hole']), dict(train='long'),
                dict(validation=.5), dict(test=-3), dict(workers=-2), dict(seeds=[.5])],
     exp_ood=[*noise, dict(methods='XYZ'), dict(shifts='noise'), dict(tasks='tiles'),
