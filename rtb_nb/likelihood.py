@@ -333,7 +333,7 @@ class Tilt(Described, nn.Module):
     def noise_std(self):
         raise ValueError('a tilted prior has no noise: this needs a measurement')
     @property
-    def identity(self) -> dict: return dict(operator=None, noise=[None, None])
+    def identity(self) -> dict: return dict(operator=self.log_r, noise=[None, None])
     def describe(self) -> dict: return {'tilt': in_words(self.log_r)}
     def y_shape(self, shape) -> tuple: return (0,)
     def log_prob(self, x0, y) -> Tensor:

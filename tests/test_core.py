@@ -369,6 +369,16 @@ def test_a_checkpoint_knows_what_it_belongs_to(tmp_path):
         trainer().fit(Y, 2, log=str).fit(2*Y, 4, log=str)
     assert trainer(path=path).resume().step == 4, 'a refusal leaves the file as it is'
 
+def test_a_checkpoint_of_another_tilt_is_refused(tmp_path):
+    path = tmp_path/'run.safetensors'
+    def run(log_r, steps):
+        p = tilted(log_r)
+        q = p.posterior([NetDrift(VectorNet(4, 2, width=8))])
+        Trainer(q, OnPolicy(q, 4), path=path).resume().fit(p.no_measurement, steps, log=str)
+    run(lambda x: x[:, 0], 2)
+    run(lambda x: x[:, 0], 4)
+    with pytest.raises(ValueError, match='another operator'): run(lambda x: x[:, 1], 6)
+
 def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
     trainer(path=tmp_path/'run.safetensors').fit(Y, 2, log=str)
     wide = plane().posterior([NetDrift(VectorNet(4, 2, width=32))])
