@@ -192,10 +192,9 @@ def fingerprint(**parts # tensors, modules, numbers, functions, None, lists and 
 # %% ../nbs/04b_checkpoints.ipynb #648740db
 def check_fingerprint(stored:dict, # of the file; None where it has none
     current:dict, # of the run that wants to go on from it
-    path # for the message
-    ):
+    path, # for the message
+    remedy='give another path, or delete the file to start anew'):
     "Refuse a checkpoint of another run, naming the part that differs"
-    remedy = 'give another path, or delete the file to start anew'
     if not stored: raise ValueError(f'{path} does not say what it was trained for: {remedy}')
     for name in [*current, *stored]:
         if stored.get(name) != current.get(name):

@@ -81,7 +81,8 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     tensors, card = load_tensors(path)
     if not {'recipe', 'belongs'} <= card.keys():
         raise ValueError(f'{path} holds no posterior: write one with save_posterior')
-    check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path)
+    remedy = f"it goes with {card.get('load', 'the prior and chain that its card names')}"
+    check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path, remedy)
     posterior = problem.posterior(family_drifts(problem, **card['recipe']))
     load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
     posterior.card = card

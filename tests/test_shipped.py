@@ -1,13 +1,16 @@
 "A posterior written and read again is the same posterior"
-import copy, json
+import copy, json, warnings
 import pytest, torch
 from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.beds import small_lens
+from rtb_nb.checkpoints import load_tensors, shipped_file
 from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.imaging import block_average
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
-from rtb_nb.operators import Mask, Matrix
+from rtb_nb.operators import Identity, Mask, Matrix
+from rtb_nb.priors import load_prior
+from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import *
 
 recipe = dict(guide=dict(name='MomentMatching', variance=.1), width=16, depth=1)
@@ -46,6 +49,19 @@ def test_another_operator_is_taken_and_another_prior_refused(posterior, problem,
     moved.prior.denoiser.mean += .1
     with pytest.raises(ValueError, match='another prior'): load_posterior(path, moved)
     with pytest.raises(ValueError, match='another chain'): load_posterior(path, small_lens(7))
+
+@pytest.mark.parametrize('name', shipped_posteriors())
+def test_a_shipped_posterior_says_which_prior_it_goes_with(name):
+    card = load_tensors(shipped_file(name, 'posterior', '.posterior.safetensors'))[1]
+    like = Likelihood(Identity((1, 32, 32)), .05)
+    wrong = InverseProblem(load_prior(card['prior'], steps=3), like)
+    with pytest.raises(ValueError) as e: load_posterior(name, wrong)
+    assert str(e.value).endswith(f"another chain: it goes with {card['load']}")
+    right = InverseProblem(eval(card['load']), like)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # that the identity is no lens
+        posterior = load_posterior(name, right)
+    assert drawn(posterior, right).isfinite().all()
 
 def test_family_is_trained_and_kept(problem, tmp_path):
     torch.manual_seed(1)
