@@ -34,6 +34,7 @@ def lens_image(folder):
 # The smallest runs of each experiment; one that is not named has one, budget='smoke'.
 # A function makes the value from a folder.
 SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
+                           dict(dataset='galaxies', data=stamps, begin='sources-32'),
                            dict(dataset='mnist', data=lambda folder: digits(folder, 64))],
             'exp_conditional': [dict(data=lambda folder: digits(folder).parent), dict(
                 data=lambda folder: digits(folder).parent, tasks='deblur',
