@@ -240,7 +240,7 @@ def pinv(self:LinearOperator, y, # (B, *out_shape)
     rcond = check_number('rcond', rcond, '[0, 1)')
     values, vectors = self.block_eig()
     v = self.by_block(y.to(self.offset) - self.offset) @ vectors
-    u = torch.where(values > rcond**2*values.max(), v/values, 0.) @ vectors.T
+    u = v*torch.where(values > rcond**2*values.max(), 1/values, 0.) @ vectors.T
     return self.transpose(u).reshape(len(y), *self.in_shape).to(at_least_single(y))
 
 # %% ../nbs/07_operators.ipynb #e7c01d84

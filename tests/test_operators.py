@@ -87,6 +87,14 @@ def test_linear(name):
     assert none.shape == (0, *op.out_shape) and op.adjoint(none).shape == (0, *shape)
 
 
+def test_pinv_has_a_slope_where_singular_values_are_zero():
+    for A in (torch.tensor([[2., 0.], [0., 0.]]), torch.randn(6, 2) @ torch.randn(2, 3)):
+        y = torch.randn(4, len(A)).requires_grad_()
+        slope, = torch.autograd.grad(Matrix(A).pinv(y).sum(), y)
+        back = torch.linalg.pinv(A.double(), rtol=1e-6).sum(0).float()
+        assert torch.allclose(slope, back.expand(4, -1), atol=1e-5)
+
+
 @pytest.mark.parametrize('name', operators)
 def test_any_operator(name):
     "Deterministic, independent of the batch, and a likelihood with a gradient"
