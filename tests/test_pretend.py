@@ -305,7 +305,7 @@ PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in dec
 LESS = dict( # rows that between them make every move of the longer ones
     exp_conditional=dict(methods=['guidance', 'RTB+DPS']),
     exp_consistency=dict(methods='refined on each'),
-    exp_latent=dict(methods=['PSLD', 'DAPS', 'RTB']),
+    exp_latent=dict(methods=['PSLD', 'DAPS', 'RTB', 'amortised, refined']),
     exp_lavps=dict(methods=['LAVPS', 'DAPS']),
     exp_lensing=dict(methods=['CLA', 'and both']),
     exp_ood=dict(shifts=['half images', 'noise doubled']))
