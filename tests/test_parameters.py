@@ -39,6 +39,8 @@ own = dict(
                        dict(tasks=['box', 'hole']), dict(measurements='first'),
                        dict(workers=-2)],
     exp_latent=[*noise, *rows],
+    exp_codes=[*noise, dict(methods='XYZ'), dict(draws=.5), dict(n_samples=-4),
+               dict(seed=-1)],
     exp_ablation=[dict(methods='XYZ'), dict(seeds=-1), dict(seconds='long')],
     exp_posteriors=[dict(family='moons'), dict(lenses=.5)],
     exp_lavps=[*noise, dict(methods='XYZ'), dict(tasks=['box', 'hole']), dict(train='long'),
