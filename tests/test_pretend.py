@@ -304,6 +304,7 @@ TUTORIALS = [p for p in notebooks() if p.is_relative_to(NBS/'tutorials')]
 PLACED = [p for p in experiments() + benchmarks() + TUTORIALS if 'device' in declared(p)]
 LESS = dict( # rows that between them make every move of the longer ones
     exp_conditional=dict(methods=['guidance', 'RTB+DPS']),
+    exp_codes=dict(methods=['PSLD', 'DAPS', 'and the gap']),
     exp_consistency=dict(methods='refined on each'),
     exp_latent=dict(methods=['PSLD', 'DAPS', 'RTB', 'amortised, refined']),
     exp_lavps=dict(methods=['LAVPS', 'DAPS']),
