@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['settings_of', 'choices', 'seed_everything', 'device_of', 'finished', 'run_record', 'fan_out', 'tune',
-           'learning_curve', 'Table', 'latest', 'table', 'project_folder']
+           'learning_curve', 'Table', 'latest', 'by_draw', 'table', 'project_folder']
 
 # %% ../nbs/17_experiment.ipynb #879a9074
 import json, math, random, re, subprocess, sys, time, warnings
@@ -233,6 +233,18 @@ def latest(records) -> list: # in order of first appearance
     "The last record of each parameters and seed, where a file holds repeated runs"
     key = lambda r: json.dumps([to_plain(r['params']), r.get('seed')], sort_keys=True)
     return list({key(r): r for r in records}.values())
+
+# %% ../nbs/17_experiment.ipynb #bea96476
+def by_draw(rec:dict, # a record whose metrics hold lists in `each`, an entry for every draw
+    first=None, # so many draws; all if None
+    row=None # its name in the table; its own if None
+    ) -> list: # of records; diverged is a draw whose chi2 is nan
+    "The draws of a record as records of their own, with its single numbers in each"
+    each, row = rec['metrics']['each'], row or rec['params']['row']
+    single = {k: v for k, v in rec['metrics'].items() if isinstance(v, (int, float))}
+    draws = [dict(zip(each, values)) for values in list(zip(*each.values()))[:first]]
+    return [rec | dict(params=rec['params'] | dict(row=row), metrics=single | draw,
+                       diverged=math.isnan(draw.get('chi2', 0.))) for draw in draws]
 
 # %% ../nbs/17_experiment.ipynb #5ac67267
 def _outdated(commit:str) -> bool:

@@ -57,6 +57,9 @@ class CallCounter:
         self._hook = self.net.register_forward_hook(self._count)
         return self
     def __exit__(self, *_): self._hook.remove()
+    def units(self, n): # samples
+        "Forward passes for each of n samples, a gradient counted as two more"
+        return (self.images + 2*self.gradients)/n
 
 # %% ../nbs/11_samplers.ipynb #b61890a0
 def sampler(f):

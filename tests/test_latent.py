@@ -2,11 +2,13 @@
 import json, math
 import pytest, torch
 from torch.distributions import Normal, kl_divergence
+from rtb_nb.checkpoints import shipped_file
 from rtb_nb.denoise import MixtureDenoiser
 from rtb_nb.latent import *
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Mask
+from rtb_nb.priors import load_prior
 from rtb_nb.schedule import Cosine
 
 def silent(line): pass
@@ -196,3 +198,15 @@ def test_the_file_gives_back_the_same_prior(tmp_path):
     assert torch.equal(prior.denoiser.error(t), q.error(t))
     x = torch.randn(2, 3)
     assert torch.equal(prior.denoiser(x, t), q(x, t))
+
+def test_the_shipped_space_of_galaxies():
+    model = load_autoencoder('galaxies-4x4x4')
+    assert model.code == (4, 4, 4) and model.shape == (1, 32, 32)
+    file = shipped_file('galaxies-4x4x4', 'prior over codes', '.codes.safetensors')
+    prior = load_prior(file, steps=20)
+    torch.manual_seed(0)
+    z = prior.sample(64)
+    assert z.shape == (64, 4, 4, 4) and .8 < z.std() < 1.1 # the codes' own is 1.00
+    x = model.decode(z)
+    assert x.isfinite().all() and -1.1 < x.mean() < -.6 # galaxies are mostly sky
+    assert (model(x) - x).square().mean() < .1*x.var() # an image is what its code says
