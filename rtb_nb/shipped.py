@@ -18,7 +18,7 @@ from .errors import load_error
 from .families import LensFamily, outside
 from .guidance import MomentMatching, likelihood_slope
 from .likelihood import InverseProblem
-from .matching import PixelMatching
+from .matching import PixelMatching, PixelProximal
 from .posterior import Posterior, Step
 from .schedule import check_number
 from .train import image_drifts
@@ -37,15 +37,17 @@ def _guide(name, # of the recipe
     **dials):
     "The guide of a recipe"
     if name == 'MomentMatching': return MomentMatching(**dials)
-    if name == 'PixelMatching': return PixelMatching(load_error(error, problem.prior), **dials)
-    raise ValueError('a recipe knows the guides MomentMatching and PixelMatching, '
-                     f'got {name!r}')
+    per_pixel = dict(PixelMatching=PixelMatching, PixelProximal=PixelProximal)
+    if name in per_pixel: return per_pixel[name](load_error(error, problem.prior), **dials)
+    raise ValueError('a recipe knows the guides MomentMatching, PixelMatching and '
+                     f'PixelProximal, got {name!r}')
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3 # of the network
     ) -> list: # drifts for `problem.posterior`
     "The drifts of a posterior that serves a family of operators"
-    return image_drifts(problem, _guide(**guide, problem=problem), source_view, width, depth)
+    view = source_view if hasattr(problem.operator, 'adjoint') else likelihood_slope
+    return image_drifts(problem, _guide(**guide, problem=problem), view, width, depth)
 
 # %% ../nbs/14c_shipped.ipynb #8948f13b
 def gentle_optimiser(posterior:Posterior, lr=1e-3) -> torch.optim.Adam:

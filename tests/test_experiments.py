@@ -43,8 +43,9 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
             'exp_latent': [{}, dict(decoder='straight',
                                     methods=['PSLD', 'guidance', 'amortised, refined'])],
             'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
-            'exp_posteriors': [{}, dict(family='shakes',
-                                        data=lambda folder: digits(folder).parent)],
+            'exp_posteriors': [{}, *(dict(family=damage,
+                                          data=lambda folder: digits(folder).parent)
+                                     for damage in ('losses', 'bends'))],
             'exp_ood': [dict(data=lambda folder: digits(folder).parent)],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
             'tutorials/2_undo_a_lens': [dict(

@@ -5,9 +5,10 @@ from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.beds import small_lens
 from rtb_nb.checkpoints import load_tensors, shipped_file
 from rtb_nb.families import LensBank, LensFamily
-from rtb_nb.imaging import block_average
+from rtb_nb.imaging import block_average, motion_kernel
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.nonlinear import NonlinearBlur
 from rtb_nb.operators import Identity, Mask, Matrix
 from rtb_nb.priors import load_prior
 from rtb_nb.schedule import Cosine
@@ -49,6 +50,17 @@ def test_another_operator_is_taken_and_another_prior_refused(posterior, problem,
     moved.prior.denoiser.mean += .1
     with pytest.raises(ValueError, match='another prior'): load_posterior(path, moved)
     with pytest.raises(ValueError, match='another chain'): load_posterior(path, small_lens(7))
+
+def test_operators_that_are_not_linear_have_a_recipe_too(tmp_path):
+    prior = load_prior('mnist-32', steps=3)
+    bent = InverseProblem(prior, Likelihood(NonlinearBlur(motion_kernel(5), prior.shape), .05))
+    own = recipe | dict(guide=dict(name='PixelProximal', error='mnist-32', sweeps=3))
+    path = tmp_path/'b.posterior.safetensors'
+    posterior = bent.posterior(family_drifts(bent, **own))
+    save_posterior(posterior, path, own, dict(remarks='none'))
+    assert torch.equal(drawn(load_posterior(path, bent), bent), drawn(posterior, bent))
+    with pytest.raises(ValueError, match='MomentMatching, PixelMatching and PixelProximal'):
+        family_drifts(bent, guide=dict(name='DPS'))
 
 @pytest.mark.parametrize('name', shipped_posteriors())
 def test_a_shipped_posterior_says_which_prior_it_goes_with(name):
