@@ -32,7 +32,8 @@ def one_measurement(problem:InverseProblem, y) -> Tensor: # (1, ...)
 class ExactChain:
     "One measurement of a Gaussian prior through a linear operator, in closed form on the chain"
     def __init__(self, problem:InverseProblem, y, # one measurement (1, ...)
-        keep=True # every step's matrices, 2 K D^2 numbers, for all methods but `posterior`
+        keep=True # every step's matrices, 2 K D^2 numbers: for `mean_shift`, `gap_of_both`
+        # and the exact kernels
         ):
         self.problem, self.prior, self.y = problem, problem.prior, one_measurement(problem, y)
         if not isinstance(self.prior.denoiser, GaussianDenoiser):
@@ -105,10 +106,14 @@ def gap(self:ExactChain) -> float:
     "log Z minus the best ELBO at shared variance, in nats"
     return self.log_evidence - self.best_elbo
 
+@patch
+def _check_kept(self:ExactChain):
+    if not self.P: raise ValueError('this chain kept no matrices: make it with keep=True')
+
 @patch(as_prop=True)
 def gap_of_both(self:ExactChain) -> float:
     "EUBO minus ELBO of the best drift at shared variance, in nats (chapter 14a)"
-    if not self.P: raise ValueError('this chain kept no matrices: make it with keep=True')
+    self._check_kept()
     return sum((s2*P.trace() + M.trace() - len(M)).item()
                for s2, P, M in zip(self.s2, self.P, self.M))/2
 
@@ -127,6 +132,7 @@ def posterior(self:ExactChain) -> MultivariateNormal:
 def mean_shift(self:ExactChain, mu:Tensor, # the prior's mean (B, D)
     k:int) -> Tensor: # (B, D)
     "How far the exact posterior's step lies from the prior's"
+    self._check_kept()
     V, P, M = (v.to(mu) for v in (self.V, self.P[k], self.M[k]))
     return self.s2[k].to(mu)*(self.p[k].to(mu) - mu @ V @ P) @ M @ V.T
 

@@ -71,7 +71,7 @@ def weighted_solve(op, # linear
     sweeps=60, # at most
     tolerance=1e-4 # of the residual's norm, each sample's by itself
     ) -> Tensor: # (B, *out_shape)
-    "(A R A^T + b I)^-1 v, differentiable in v and R; exact for masks and means of tiles"
+    "(A R A^T + b I)^-1 v, differentiable in v and R; exact for masks and `BlockAverages`"
     if isinstance(op, Mask): return v/(op(r2) + b)
     if isinstance(op, _Diagonal): return v/(op.row_power(v)*op(r2) + b)
     return _Solve.apply(v, r2, op, b, sweeps, tolerance)

@@ -179,8 +179,9 @@ def test_the_last_step_is_its_own_mean(problem):
 def test_the_gap_of_the_best_drift_needs_its_matrices():
     chain = ExactChain(plane(steps=6), torch.tensor([[.9]]))
     assert chain.gap < chain.gap_of_both < 4*chain.gap
-    with pytest.raises(ValueError, match='keep=True'):
-        ExactChain(plane(steps=6), torch.tensor([[.9]]), keep=False).gap_of_both
+    bare = ExactChain(plane(steps=6), torch.tensor([[.9]]), keep=False)
+    with pytest.raises(ValueError, match='keep=True'): bare.gap_of_both
+    with pytest.raises(ValueError, match='keep=True'): bare.mean_shift(torch.zeros(1, 2), 0)
 
 def test_a_family_resumes_at_whatever_member(tmp_path):
     "The present member is no part of what a run is; the members are"
