@@ -10,6 +10,7 @@ __all__ = ['save_tensors', 'load_tensors', 'flat_state', 'load_state', 'fingerpr
 import functools, hashlib, inspect, json, math, numbers, os
 from importlib.resources import files
 from pathlib import Path
+from types import CodeType
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -137,14 +138,19 @@ def _held(v) -> dict:
     if isinstance(v, nn.Module): shown |= {**v._parameters, **v._buffers, **v._modules}
     return shown
 
+def _written(code) -> list:
+    "What a lambda does, those within it included"
+    kinds = numbers.Number, str, bytes, tuple, frozenset, CodeType
+    consts = [_written(c) if isinstance(c, CodeType) else c for c in code.co_consts
+              if isinstance(c, kinds)]
+    return [code.co_code, code.co_names, consts]
+
 def _made_of(v) -> list:
     "A function's name, and what distinguishes it from others of that name"
     cells = [c.cell_contents for c in getattr(v, '__closure__', None) or ()]
     inside = [f'{v.__module__}.{v.__qualname__}', cells, getattr(v, '__defaults__', None)]
-    if getattr(v, '__name__', '') == '<lambda>':
-        code = v.__code__
-        consts = [c for c in code.co_consts if isinstance(c, (numbers.Number, str))]
-        inside += [code.co_code, code.co_names, consts]
+    if by_name := getattr(v, '__kwdefaults__', None): inside.append(by_name)
+    if getattr(v, '__name__', '') == '<lambda>': inside += _written(v.__code__)
     return inside
 
 # %% ../nbs/04b_checkpoints.ipynb #51f73abb

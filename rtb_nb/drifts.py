@@ -61,7 +61,9 @@ class FineTuned(Drift):
                 'use a NetDrift')
         channels = check_whole('channels', channels, 1 if features else 0)
         self.denoiser, self.features = copy.deepcopy(denoiser).requires_grad_(True), features
-        if features: self.denoiser.net = _Beside(self.denoiser.net, channels)
+        if features:
+            net = getattr(self.denoiser, 'net', self.denoiser)
+            self.denoiser.net = _Beside(net, channels)
     def forward(self, step:Step) -> Tensor:
         if not self.features:
             return step.as_drift(self.denoiser(step.x, step.t) - step.x0_hat)

@@ -25,6 +25,9 @@ def mean_error(denoiser:Denoiser) -> Denoiser: # its `error` and schedule; it ca
     "The mean error of a denoiser, without the denoiser"
     mean = Denoiser(denoiser.schedule)
     t = getattr(denoiser, 'table_t', None)
+    if denoiser.data_variance is None:
+        raise ValueError(f'{type(denoiser).__name__} does not know its error: call '
+                         'calibrate(x0) with samples of the data')
     if t is None: t = widest(torch.linspace(5e-3, 1, 129), denoiser.data_variance.device)
     mean.table_t, mean.data_variance = t.clone(), denoiser.data_variance.clone()
     mean.table_ratio = widest(denoiser.error(t))/mean.white_error(t)

@@ -162,13 +162,13 @@ def tune(values, # of the dial, the weakest first
     tried, halvings = {}, check_whole('halvings', halvings, 0)
     for value in values:
         tried[value] = score(value)
-        if halvings and tried[value] < 1: break
+        if halvings and not tried[value] >= 1: break # below one, or it failed: too strong
     if not tried: raise ValueError('a dial needs at least one value to try, got none')
     weak, strong = ([*tried]*2)[-2:]
     for _ in range(halvings):
         middle = math.sqrt(weak*strong)
         tried[middle] = score(middle)
-        weak, strong = (weak, middle) if tried[middle] < 1 else (middle, strong)
+        weak, strong = (middle, strong) if tried[middle] >= 1 else (weak, middle)
     def rank(value): return math.inf if math.isnan(tried[value]) else badness(tried[value])
     return min((weak, strong) if halvings else tried, key=rank), tried
 

@@ -219,8 +219,7 @@ def fit_mixture(codes:Tensor, # (N, D)
     first = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
     means = codes[first[:components].to(codes.device)]
     stds = codes.std(0).square().mean().sqrt().expand(components)
-    log_weights, history = torch.zeros_like(stds) - len(stds)*1., []
-    log_weights = log_weights.log_softmax(0)
+    log_weights, history = torch.zeros_like(stds).log_softmax(0), []
     for _ in range(steps):
         history.append(_log_shares(codes, means, stds, log_weights).logsumexp(1).mean().item())
         means, stds, log_weights = _em_step(codes, means, stds, log_weights, floor)

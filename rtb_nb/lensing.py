@@ -154,7 +154,7 @@ class Lens(SparseMatrix):
 # %% ../nbs/08_lensing.ipynb #8c1bacb0
 def simulate_caustics(lens:Lens, flux, # (size, size) in counts
     double=True # lay the rays in double precision instead of caustics' single
-    ) -> Tensor: # (size, size), float64
+    ) -> Tensor: # (image_size, image_size), float64
     "The image that caustics' own `LensSource` makes of this source: slow, and a check"
     import caustics
     f64 = lambda v: torch.as_tensor(v, dtype=torch.float64)
@@ -199,7 +199,8 @@ def magnification(lens:Lens) -> Tensor: # (size, size), float64
     "Light received over light sent, for each source pixel"
     device = next(lens.buffers()).device
     ones = torch.ones(1, *lens.out_shape, dtype=torch.float64, device=device)
-    return 2*lens.adjoint(ones)[0, 0]*(lens.fov/lens.source_fov)**2
+    pixel, of_source = lens.fov/lens.out_shape[-1], lens.source_fov/lens.in_shape[-1] # arcsec
+    return 2*lens.adjoint(ones)[0, 0]*(pixel/of_source)**2
 
 # %% ../nbs/08_lensing.ipynb #97acbbf6
 def show_sky(lens:Lens, images, titles=None, # as for `show_images`

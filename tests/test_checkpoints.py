@@ -37,6 +37,10 @@ EQUAL = {
     'networks': (VectorNet(2, 2).linear, VectorNet(2, 2).linear),
     'devices': (torch.device('cpu'), torch.device('cuda')),
 }
+def with_keyword(n):
+    def f(x, *, times=n): return times*x
+    return f
+
 DIFFERENT = {
     'numbers': (.1, .1 + 1e-12),
     'a number and a word': (1, '1'),
@@ -50,6 +54,9 @@ DIFFERENT = {
     'functions': (double, scaled(2)),
     'closures': (scaled(2), scaled(3)),
     'lambdas': (lambda x: 2*x, lambda x: 3*x),
+    'pairs in lambdas': (lambda x: double(x, (1, 2)), lambda x: double(x, (1, 3))),
+    'lambdas in lambdas': (lambda x: (lambda y: 2*y), lambda x: (lambda y: 3*y)),
+    'keywords': (with_keyword(1), with_keyword(2)),
     'partial': (functools.partial(double, 1), functools.partial(double, 2)),
     'schedules': (Cosine(.5), Linear()),
     'numbers of a schedule': (Cosine(.5), Cosine(.4)),

@@ -74,6 +74,11 @@ def test_a_posterior_has_no_guess_to_err():
     with pytest.raises(ValueError, match='the guess of a posterior has none'):
         PixelError(problem.posterior([]).given(torch.zeros(1, 1)))
 
+def test_a_denoiser_that_does_not_know_its_error_has_none_per_pixel():
+    bare = MixtureDenoiser(MEANS, torch.tensor([.1, .3]), schedule=Cosine(.5))
+    with pytest.raises(ValueError, match='MixtureDenoiser does not know its error'):
+        mean_error(bare)
+
 # ---- training
 
 def exact(x, t): # of PRIOR: each component's variance, and the spread of their guesses

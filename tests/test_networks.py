@@ -6,6 +6,7 @@ from rtb_nb.behaviours import OnPolicy
 from rtb_nb.checkpoints import flat_state, load_state, load_tensors, save_tensors
 from rtb_nb.denoise import GaussianDenoiser, VDenoiser
 from rtb_nb.diffusion import Diffusion
+from rtb_nb.pretrained import Clipped
 from rtb_nb.posterior import Posterior
 from rtb_nb.drifts import EvidenceNet, FineTuned, LoRA, NetDrift
 from rtb_nb.guidance import Gate, GuideShift, MomentMatching, measurement_feature
@@ -294,6 +295,9 @@ refusals = {
     'nothing to fine-tune': (
         lambda: FineTuned(GaussianDenoiser(torch.zeros(2), torch.eye(2), Cosine())),
         'GaussianDenoiser has no parameters to fine-tune'),
+    'features of a clipped guess': (
+        lambda: FineTuned(Clipped(unet()), measurement_feature, channels=1),
+        'Clipped has no stem to widen: features need a UNet'),
     'wrong image': (wrong_image, 'images of shape (1, 8, 8), got (1, 4, 4)'),
     'no shape': (lambda: EvidenceNet(()), 'y_shape must be the shape of one measurement'),
     'a number for a shape': (lambda: EvidenceNet(3), 'such as (1, 32, 32), got 3'),
