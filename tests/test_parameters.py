@@ -44,7 +44,7 @@ own = dict(
     exp_ablation=[dict(methods='XYZ'), dict(seeds=-1), dict(seconds='long')],
     exp_posteriors=[dict(family='moons'), dict(lenses=.5)],
     exp_lavps=[*noise, dict(methods='XYZ'), dict(tasks=['box', 'hole']), dict(train='long'),
-               dict(validation=.5), dict(test=-3), dict(workers=-2), dict(seeds=[.5])],
+               dict(validation=.5), dict(test=-3), dict(workers=-2), dict(seed=.5)],
     exp_ood=[*noise, dict(methods='XYZ'), dict(shifts='noise'), dict(tasks='tiles'),
              dict(measured=2.5), dict(workers='two')],
     exp_consistency=[batches, dict(methods='XYZ'), dict(draws=.5), dict(n_samples=-4),
