@@ -86,7 +86,11 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     remedy = f"it goes with {card.get('load', 'the prior and chain that its card names')}"
     check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path, remedy)
     posterior = problem.posterior(family_drifts(problem, **card['recipe']))
-    load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
+    try: load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
+    except ValueError as e:
+        own = type(problem.operator).__name__
+        raise ValueError(f'{e}. Drifts of linear operators see other things than those of '
+                         f'others: is {own} of the kind that {path} was trained for?') from None
     posterior.card = card
     if 'family' in card and (odd := outside(LensFamily(**card['family']), problem.likelihood)):
         warnings.warn(f'{Path(path).name} was trained on other lenses: {"; ".join(odd)}. Judge '

@@ -65,7 +65,8 @@ def test_operators_that_are_not_linear_have_a_recipe_too(tmp_path):
 @pytest.mark.parametrize('name', shipped_posteriors())
 def test_a_shipped_posterior_says_which_prior_it_goes_with(name):
     card = load_tensors(shipped_file(name, 'posterior', '.posterior.safetensors'))[1]
-    like = Likelihood(Identity((1, 32, 32)), .05)
+    bent, shape = card['recipe']['guide']['name'] == 'PixelProximal', (1, 32, 32)
+    like = Likelihood(NonlinearBlur(motion_kernel(5), shape) if bent else Identity(shape), .05)
     wrong = InverseProblem(load_prior(card['prior'], steps=3), like)
     with pytest.raises(ValueError) as e: load_posterior(name, wrong)
     assert str(e.value).endswith(f"another chain: it goes with {card['load']}")
@@ -74,6 +75,12 @@ def test_a_shipped_posterior_says_which_prior_it_goes_with(name):
         warnings.simplefilter('ignore') # that the identity is no lens
         posterior = load_posterior(name, right)
     assert drawn(posterior, right).isfinite().all()
+
+def test_a_posterior_of_bent_blurs_is_none_of_linear_operators():
+    prior = load_prior('mnist-32', steps=20, spacing=Cosine(.2))
+    problem = InverseProblem(prior, Likelihood(Identity(prior.shape), .05))
+    with pytest.raises(ValueError, match='is Identity of the kind'):
+        load_posterior('bent-mnist-32', problem)
 
 def test_family_is_trained_and_kept(problem, tmp_path):
     torch.manual_seed(1)
