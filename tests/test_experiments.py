@@ -45,9 +45,10 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
             'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
             'exp_posteriors': [{}, *(dict(family=damage,
                                           data=lambda folder: digits(folder).parent)
-                                     for damage in ('losses', 'bends'))],
+                                     for damage in ('losses', 'shakes', 'bends'))],
             'exp_ood': [dict(data=lambda folder: digits(folder).parent)],
-            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent)],
+            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent, tasks=tasks)
+                                  for tasks in (['box', 'phase'], ['random', 'deblur'])],
             'tutorials/2_undo_a_lens': [dict(
                 path=lens_image, iterations=1, own_iterations=1, n_samples=3,
                 save_to=lambda folder: folder/'source.fits')]}
