@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .behaviours import Behaviour
 from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tensors
+from .covariance import whitened
 from .diffusion import Diffusion, Trajectories
 from .likelihood import InverseProblem, Likelihood, together, whole_batch
 from .posterior import Posterior
@@ -129,8 +130,8 @@ def pair_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats
     "log q - log p of each step, differentiable in the drifts"
     x, k = pairs.x, pairs.k
     u = posterior.drift(x, k, pairs.y, pairs.x0_hat)
-    mean, std = posterior.mean(x, k, pairs.x0_hat), posterior.chain.at('std', k, x)
-    return (u*((pairs.following - mean)/std - u/2)).flatten(1).sum(1)
+    mean, std = posterior.mean(x, k, pairs.x0_hat), posterior.chain.width(k, x)
+    return (u*(whitened(std, pairs.following - mean) - u/2)).flatten(1).sum(1)
 
 # %% ../nbs/14a_amortise.ipynb #6c4e92c4
 def bridge_step(posterior:Posterior, pairs:Pairs) -> Tensor: # (B, ...)

@@ -13,14 +13,16 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import Distribution, Independent, Normal
+from .covariance import Correlated, Covariance, Spread, whitened
 from .denoise import Bookkeeping, bcast, check_start
 from .schedule import check_whole, levels
 
 # %% ../nbs/03_diffusion.ipynb #9e868377
 def gaussian(mean:Tensor, # (B, ...)
-    std # a number, or a tensor that broadcasts against `mean`
-    ) -> Independent: # event shape (...), batch shape (B,)
-    "Independent normal distribution over all but the first dimension"
+    std # a number, a tensor that broadcasts against `mean`, or a `Spread` of correlated noise
+    ) -> Distribution: # event shape (...), batch shape (B,)
+    "Normal distribution over all but the first dimension, its noise white or correlated"
+    if isinstance(std, Spread): return Correlated(mean, std)
     return Independent(Normal(mean, std, validate_args=False), mean.ndim-1, validate_args=False)
 
 # %% ../nbs/03_diffusion.ipynb #93430adf
@@ -119,7 +121,8 @@ def cat(cls:Trajectories, parts:list) -> Trajectories:
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(Bookkeeping):
     "A chain's numbers, float64: levels t, alpha, sigma (K+1,); steps c0, c1, std, a, b (K,)"
-    def __init__(self, t, alpha, sigma, error # E|x0 - x0_hat|^2 per pixel at the first K levels
+    def __init__(self, t, alpha, sigma, error, # E|x0 - x0_hat|^2 per pixel at the first K levels
+        covariance:Covariance=None # of the data; None: steps of white noise
         ):
         super().__init__()
         a = alpha[:-1]/alpha[1:]
@@ -129,14 +132,26 @@ class Chain(Bookkeeping):
                 f'{int((b2 <= 0).nonzero()[0])} would need negative variance; '
                 'use fewer steps or a larger last_noise')
         c0, c1 = alpha[1:]*b2/sigma[:-1]**2, a*sigma[1:]**2/sigma[:-1]**2
-        std = (b2*sigma[1:]**2/sigma[:-1]**2 + c0**2*error).sqrt()
+        known = b2*sigma[1:]**2/sigma[:-1]**2
+        std = (known + c0**2*error).sqrt()
         numbers = dict(t=t, alpha=alpha, sigma=sigma, c0=c0, c1=c1, std=std, a=a, b=b2.sqrt())
+        self.correlated = covariance is not None
+        if self.correlated:
+            unknown = covariance.unknown(alpha[:-1], sigma[:-1]**2, error)
+            roots = ((known[:, None] + c0[:, None]**2*v).sqrt() for v in unknown)
+            numbers |= dict(zip(('along', 'rest'), roots), vectors=covariance.vectors)
         for n, v in numbers.items(): self.register_buffer(n, v.double())
     def __len__(self): return len(self.c0)
     def at(self, name:str, k, # a step, or one per sample (B,)
         x:Tensor) -> Tensor:
         "Value `name` of step `k`, shaped to multiply `x` (B, ...)"
         return bcast(getattr(self, name)[k], x)
+    def width(self, k, x:Tensor): # a tensor that multiplies `x`, or a `Spread`
+        "Standard deviation of step `k`"
+        if not self.correlated: return self.at('std', k, x)
+        along, rest = (getattr(self, n)[k].reshape(-1, getattr(self, n).shape[1])
+                       for n in ('along', 'rest'))
+        return Spread(self.vectors, along, rest)
 
 # %% ../nbs/03_diffusion.ipynb #eddf5f06
 class Diffusion(Described, nn.Module):
@@ -147,15 +162,19 @@ class Diffusion(Described, nn.Module):
         last_noise=.02, # noise of the last level, in the data's units
         start=1., # time of the first level
         spacing=None, # the schedule in whose time levels are even; None: the denoiser's
-        error=None # t -> E|x0-x0_hat|^2 per pixel; the denoiser's own if None
+        error=None, # t -> E|x0-x0_hat|^2 per pixel; the denoiser's own if None
+        covariance=None # a `Covariance` of the data; None: steps of white noise
         ):
         super().__init__()
+        if covariance is not None and covariance.shape != tuple(shape):
+            raise ValueError(f'this covariance is of events {covariance.shape}, the prior is over '
+                f'{tuple(shape)}: make one with Covariance.of(samples)')
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
         check_start(denoiser, alpha[0])
         device = next(denoiser.buffers(), t).device
         error = (error or denoiser.error)(t[:-1].to(device)).double().cpu()
         self.denoiser, self.shape, self.last_noise = denoiser, tuple(shape), last_noise
-        self.chain = Chain(t, alpha, sigma, error).to(device)
+        self.chain = Chain(t, alpha, sigma, error, covariance).to(device)
     def start(self, shape # (B, ...)
         ) -> Distribution:
         "Where every path begins: pure noise"
@@ -177,7 +196,7 @@ class Diffusion(Described, nn.Module):
         ) -> Distribution:
         "Distribution of x[k+1] given x[k]"
         if x0_hat is None: x0_hat = self.denoise(x, k)
-        return gaussian(self.mean(x, k, x0_hat), self.chain.at('std', k, x))
+        return gaussian(self.mean(x, k, x0_hat), self.chain.width(k, x))
 
 # %% ../nbs/03_diffusion.ipynb #c3c59a3e
 @patch(as_prop=True)
@@ -199,6 +218,7 @@ def brief(self:Diffusion) -> str:
 def describe(self:Diffusion) -> dict:
     "Facts by name"
     facts = {'events': self.shape, 'steps': self.steps, 'last noise': self.last_noise}
+    if self.chain.correlated: facts['steps'] = f'{self.steps}, their noise correlated'
     denoiser, schedule = map(in_words, (self.denoiser, self.denoiser.schedule))
     kind = kind_of(torch.empty(0, dtype=self.dtype, device=self.device))
     return facts | {'denoiser': denoiser, 'schedule': schedule, 'tensors': kind}
@@ -319,7 +339,8 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
 def squared_residuals(self:Diffusion, tau:Trajectories
     ) -> tuple: # the noising kernel's, and this chain's own: (K,) each
     "Mean squared standardised steps of paths under both kernels; of noised data both are 1"
-    mean_square = lambda x, q: ((x-q.base_dist.mean)/q.base_dist.stddev).square().mean()
+    width = lambda q: getattr(q, 'spread', None) or q.base_dist.stddev
+    mean_square = lambda x, q: whitened(width(q), x - q.mean).square().mean()
     back = [mean_square(tau.x[k], self.noise(tau.x[k+1], k)) for k in range(self.steps)]
     ahead = [mean_square(tau.x[k+1], kernel) for k, kernel in enumerate(self.kernels(tau))]
     return torch.stack(back), torch.stack(ahead)

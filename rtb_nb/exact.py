@@ -39,6 +39,9 @@ class ExactChain:
         if not isinstance(self.prior.denoiser, GaussianDenoiser):
             raise ValueError('ExactChain needs a GaussianDenoiser prior, got '
                 f'{type(self.prior.denoiser).__name__}')
+        if self.prior.chain.correlated:
+            raise ValueError('ExactChain is for steps of white noise, and these are correlated: '
+                'make the prior without a covariance')
         self._coordinates()
         self._forwards()
         self._backwards(keep)
@@ -147,7 +150,7 @@ class ExactPosterior(Diffusion):
     @property
     def guesser(self): return self.prior
     def kernel(self, x, k, y=None, x0_hat=None):
-        e, mu = self.exact, self.prior.kernel(x, k, x0_hat=x0_hat).base_dist.mean.flatten(1)
+        e, mu = self.exact, self.prior.kernel(x, k, x0_hat=x0_hat).mean.flatten(1)
         scale = e.V @ torch.linalg.cholesky(e.s2[k]*(e.M[k]+e.M[k].T)/2)
         # V L is a square root but not lower triangular: QR of its transpose makes it so
         R = torch.linalg.qr(scale.T)[1]

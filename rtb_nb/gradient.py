@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from .amortise import Bank, Fresh, bridge_log_ratio
 from .behaviours import OnPolicy
+from .covariance import scaled, whitened
 from .diffusion import Trajectories
 from .likelihood import whole_batch
 from .posterior import Posterior, gradients
@@ -24,11 +25,11 @@ def _pulled_back(posterior:Posterior, tau:Trajectories, k:int,
     "One step run again with gradients, and its part of the parameters' gradient added"
     x = tau.x[k].detach().requires_grad_()
     x0_hat = posterior.prior.guess(x, k)
-    mu, s = posterior.mean(x, k, x0_hat), posterior.chain.at('std', k, x)
+    mu, s = posterior.mean(x, k, x0_hat), posterior.chain.width(k, x)
     u = posterior.drift(x, k, tau.y, x0_hat)
-    eps = ((tau.x[k+1] - mu)/s - u).detach()
+    eps = (whitened(s, tau.x[k+1] - mu) - u).detach()
     log_ratio = (u*(eps + u/2)).flatten(1).sum(1)
-    (share*log_ratio.sum() + (adjoint*(mu + s*(u + eps))).sum()).backward()
+    (share*log_ratio.sum() + (adjoint*(mu + scaled(s, u + eps))).sum()).backward()
     return x.grad, log_ratio.detach()
 
 # %% ../nbs/14b_gradient.ipynb #9d8da227

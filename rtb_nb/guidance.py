@@ -12,6 +12,7 @@ import weakref
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .covariance import scaled, whitened
 from .denoise import GaussianDenoiser, bcast, safe_alpha
 from .posterior import Drift, Step, gradients
 from .schedule import check_number, check_whole
@@ -173,7 +174,7 @@ class CLA(Guidance):
         y, likelihood = self.measured(step)
         level = step.alpha, step.sigma
         return convolved_score(likelihood.operator, step.x, y, *level, likelihood.noise_std)
-    def forward(self, step): return step.std*self.score(step)
+    def forward(self, step): return scaled(step.std, self.score(step))
 
 # %% ../nbs/10_guidance.ipynb #6fd78061
 def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph is being kept
@@ -217,7 +218,7 @@ class DPS(Guidance):
     def forward(self, step):
         (y, likelihood), denoiser = self.measured(step), self.guessing(step)
         norm = lambda x0: (y - likelihood.operator(x0)).flatten(1).norm(dim=1).sum()
-        return -self.scale/step.std*_guess_gradient(step, denoiser, norm, 'DPS')
+        return whitened(step.std, _guess_gradient(step, denoiser, norm, 'DPS'), -self.scale)
 
 # %% ../nbs/10_guidance.ipynb #f0598a14
 def log_gradient(log_r, # x0 (B, ...) -> (B,)
@@ -286,7 +287,7 @@ class GuideShift(nn.Module):
         super().__init__()
         self.drift = drift
     def forward(self, step:Step) -> Tensor: # (B, ...) in the data's units
-        shift = step.of(self.drift)*(step.std/step.c0)
+        shift = scaled(step.std, step.of(self.drift), step.c0)
         return _constant(step, shift*(step.noise_of_end()/step.sigma**2))
 
 # %% ../nbs/10_guidance.ipynb #a02d7251

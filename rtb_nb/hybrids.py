@@ -10,6 +10,7 @@ import math
 from functools import cache
 import torch
 from torch import nn, Tensor
+from .covariance import scaled
 from .guidance import Guidance, _constant, _guess_gradient, _leaf
 from .networks import TimeEmbedding, zero_
 from .per_sample import LinearOperator # with its powers
@@ -30,7 +31,8 @@ class DPSScore(Guidance):
         (y, likelihood), denoiser = self.measured(step), self.guessing(step)
         log_r = lambda x0: likelihood.log_prob(x0, y).sum()
         return _guess_gradient(step, denoiser, log_r, type(self).__name__).nan_to_num(0.)
-    def forward(self, step): return step.std*self.score(step).clamp(-self.clip, self.clip)
+    def forward(self, step):
+        return scaled(step.std, self.score(step).clamp(-self.clip, self.clip))
 
 # %% ../nbs/10b_hybrids.ipynb #bdcf1a9d
 @cache

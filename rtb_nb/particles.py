@@ -9,6 +9,7 @@ __all__ = ['Tangent', 'fps', 'twisted']
 import math
 import torch
 from torch import Tensor
+from .covariance import scaled
 from .denoise import safe_alpha
 from .posterior import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
@@ -173,9 +174,9 @@ def twisted(problem, y, n, *, particles=16, # M of each filter
         x0, psi, g = look_ahead_slope(problem, plain, D, x, k, y)
         i, log_w, mean = renew(log_w + (psi - before).reshape(F, M), noise)
         x, x0, before, g, log_z = x[i], x0[i], psi[i], g[i], log_z + mean
-        std, z = prior.chain.std[k].item(), noise(x)
-        u = std*g
-        x = prior.mean(x, k, x0) + std*(u + z)
+        std, z = prior.chain.width(k, x), noise(x)
+        u = scaled(std, g)
+        x = prior.mean(x, k, x0) + scaled(std, u + z)
         log_w = log_w - (u*(z + u/2)).flatten(1).sum(1).reshape(F, M)
     log_w = log_w + (problem.likelihood.log_prob(x, y) - before).reshape(F, M)
     x = x[rows_of(resampled(log_w, noise), M)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .covariance import Spread, scaled, whitened
 from .diffusion import Diffusion, Trajectories, gaussian, in_words, repeat_y
 
 # %% ../nbs/03a_posterior.ipynb #aa55e6c6
@@ -23,7 +24,7 @@ class Step:
     alpha:Tensor # signal at this level, shaped to multiply `x`; so are the others
     sigma:Tensor # noise at this level
     c0:Tensor # the step's weight of x0_hat
-    std:Tensor # the step's standard deviation s
+    std:Tensor|Spread # the step's standard deviation s; a matrix where steps are correlated
     mean:Tensor # the prior's mean mu (B, ...)
     k:Tensor|int # the step's number, a scalar or (B,)
     end:float # noise of the chain's last level, in the data's units
@@ -38,7 +39,7 @@ class Step:
     def as_drift(self, delta:Tensor # how far to move the guess of the clean image (B, ...)
         ) -> Tensor: # the drift that does it
         "Moving x0_hat moves the step's mean by c0 times as much"
-        return self.c0/self.std*delta
+        return whitened(self.std, delta, self.c0)
 
 # %% ../nbs/03a_posterior.ipynb #26b10803
 class Drift(nn.Module):
@@ -62,8 +63,8 @@ class Posterior(Diffusion):
         self.chain, self.shape, self.last_noise = prior.chain, prior.shape, prior.last_noise
     def step(self, x, k, y, x0_hat) -> Step:
         "What the drifts are told at step `k`"
-        level = {n: self.chain.at(n, k, x) for n in ('alpha', 'sigma', 'c0', 'std')}
-        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), **level,
+        level = {n: self.chain.at(n, k, x) for n in ('alpha', 'sigma', 'c0')}
+        return Step(x, x0_hat, self.chain.t[k].to(x.dtype), **level, std=self.chain.width(k, x),
             mean=self.mean(x, k, x0_hat), k=k, end=self.last_noise, y=y,
             likelihood=self.likelihood, denoiser=self.prior.denoiser)
     def drift(self, x, k, y=None, x0_hat=None) -> Tensor:
@@ -72,8 +73,8 @@ class Posterior(Diffusion):
         return sum((step.of(d) for d in self.drifts), torch.zeros_like(x))
     def kernel(self, x, k, y=None, x0_hat=None):
         if x0_hat is None: x0_hat = self.prior.denoise(x, k)
-        s = self.chain.at('std', k, x)
-        return gaussian(self.mean(x, k, x0_hat) + s*self.drift(x, k, y, x0_hat), s)
+        s, u = self.chain.width(k, x), self.drift(x, k, y, x0_hat)
+        return gaussian(self.mean(x, k, x0_hat) + scaled(s, u), s)
 
 # %% ../nbs/03a_posterior.ipynb #72b738c8
 @patch(as_prop=True)
@@ -125,7 +126,7 @@ def step_log_ratio(self:Posterior, tau:Trajectories, ks # the steps to score (S,
     y = None if tau.y is None else tau.y.repeat_interleave(len(ks), 0)
     x, following, x0_hat = flat(tau.x[ks]), flat(tau.x[ks+1]), flat(tau.x0_hat[ks])
     u = self.drift(x, k, y, x0_hat)
-    z = (following - self.mean(x, k, x0_hat))/self.chain.at('std', k, x)
+    z = whitened(self.chain.width(k, x), following - self.mean(x, k, x0_hat))
     return (u*(z - u/2)).flatten(1).sum(1).unflatten(0, (len(tau), len(ks))).T
 
 # %% ../nbs/03a_posterior.ipynb #5b4da5ee
@@ -148,9 +149,9 @@ def rollout(self:Posterior, y, # one measurement (1, ...), or one per sample (n,
     "Draw data points together with their path's log-ratio, in the memory of one step"
     total = 0
     for k, x, x0_hat, kernel, following in self.walk(n, self.measured(y, n)):
-        s, mu = self.chain.at('std', k, x), self.mean(x, k, x0_hat)
-        u = (kernel.base_dist.mean-mu)/s
-        total = total + (u*((following-mu)/s - u/2)).flatten(1).sum(1)
+        s, mu = self.chain.width(k, x), self.mean(x, k, x0_hat)
+        u = whitened(s, kernel.mean - mu)
+        total = total + (u*(whitened(s, following - mu) - u/2)).flatten(1).sum(1)
     return following, total
 
 # %% ../nbs/03a_posterior.ipynb #d2960641
@@ -171,7 +172,7 @@ class Given(Diffusion):
     def guess(self, x, k) -> Tensor:
         x0_hat = self.posterior.prior.guess(x, k)
         u = self.posterior.drift(x, k, repeat_y(self.y, len(x)), x0_hat)
-        return x0_hat + self.chain.at('std', k, x)/self.chain.at('c0', k, x)*u
+        return x0_hat + scaled(self.chain.width(k, x), u, self.chain.at('c0', k, x))
 
 # %% ../nbs/03a_posterior.ipynb #a0b14bdd
 @patch

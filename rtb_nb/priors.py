@@ -300,7 +300,7 @@ def shipped_priors() -> list:
 # %% ../nbs/06_priors.ipynb #96dc08f0
 @torch.inference_mode(False)
 def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that save_prior wrote
-    steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
+    steps=20, last_noise=.02, start=1., spacing=None, covariance=None, # of the chain, see Diffusion
     device='cpu',
     dtype=torch.float32 # torch.bfloat16 runs the network in mixed precision, see in_bfloat16
     ) -> Diffusion:
@@ -316,6 +316,7 @@ def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that sa
             'write one with save_prior')
     denoiser = _denoiser_of(tensors, card).to(device)
     if dtype == torch.bfloat16: denoiser.net = in_bfloat16(denoiser.net)
-    prior = Diffusion(denoiser, card['shape'], steps, last_noise, start, spacing)
+    chain = dict(covariance=covariance)
+    prior = Diffusion(denoiser, card['shape'], steps, last_noise, start, spacing, **chain)
     prior.card = card
     return prior

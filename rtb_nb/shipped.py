@@ -14,6 +14,8 @@ from .amortise import _bank_belongs
 from .checkpoints import (check_fingerprint, load_state, load_tensors, save_weights,
     shipped_file, shipped_names)
 from .denoise import bcast
+from .components import load_covariance
+from .correlated import CovarianceMatching
 from .errors import load_error
 from .families import LensFamily, outside
 from .guidance import MomentMatching, likelihood_slope
@@ -34,13 +36,16 @@ def source_view(step:Step) -> Tensor: # (B, 2 channels, ...) with the image's si
 # %% ../nbs/14c_shipped.ipynb #93251fd6
 def _guide(name, # of the recipe
     problem, error=None, # a prior's name or path, for its error per pixel
+    covariance=None, # a covariance's name or path
     **dials):
     "The guide of a recipe"
     if name == 'MomentMatching': return MomentMatching(**dials)
+    if name == 'CovarianceMatching':
+        return CovarianceMatching(load_covariance(covariance, problem.prior.device), **dials)
     per_pixel = dict(PixelMatching=PixelMatching, PixelProximal=PixelProximal)
     if name in per_pixel: return per_pixel[name](load_error(error, problem.prior), **dials)
-    raise ValueError('a recipe knows the guides MomentMatching, PixelMatching and '
-                     f'PixelProximal, got {name!r}')
+    raise ValueError('a recipe knows the guides MomentMatching, CovarianceMatching, '
+                     f'PixelMatching and PixelProximal, got {name!r}')
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3 # of the network
