@@ -14,9 +14,10 @@ from .covariance import Covariance
 def save_covariance(covariance:Covariance, path, # ends in .covariance.safetensors
     card:dict=None # data, how many images, date: whatever the reader should know
     ) -> dict: # the whole card
-    "Write a covariance with its card, in half precision as it is from then on"
+    "Write a covariance with its card, in half precision; the one in memory stays as it is"
     card = dict(card or {}, shape=list(covariance.shape), rank=len(covariance.values))
-    return save_weights(covariance.state_dict(), path, '.covariance.safetensors', card)
+    state = {name: v.clone() for name, v in covariance.state_dict().items()}
+    return save_weights(state, path, '.covariance.safetensors', card)
 
 def load_covariance(name, # of a shipped one, such as 'sources-32', or a file
     device='cpu') -> Covariance: # with its card in `covariance.card`

@@ -44,7 +44,9 @@ class Covariance(nn.Module):
         values = (values - noise**2).clamp(min=1e-6)
         return cls(vectors[:, -rank:], values[-rank:], values[:-rank].mean(), x.shape[1:])
     @property
-    def variance(self) -> Tensor: "Of a pixel, on average"; return self.mean(self.values, self.rest)
+    def variance(self) -> Tensor: # a scalar
+        "Of a pixel, on average"
+        return self.mean(self.values, self.rest)
     def mean(self, along, rest): # (..., r) and (..., 1), or a number: of all directions
         D, r = self.vectors.shape
         return (along.sum(-1, keepdim=along.ndim > 1) + (D-r)*rest)/D

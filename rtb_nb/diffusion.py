@@ -121,7 +121,8 @@ def cat(cls:Trajectories, parts:list) -> Trajectories:
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(Bookkeeping):
     "A chain's numbers, float64: levels t, alpha, sigma (K+1,); steps c0, c1, std, a, b (K,)"
-    def __init__(self, t, alpha, sigma, error, # E|x0 - x0_hat|^2 per pixel at the first K levels
+    def __init__(self, t, alpha, sigma,
+        error, # E|x0 - x0_hat|^2 per pixel at the first K levels
         covariance:Covariance=None # of the data; None: steps of white noise
         ):
         super().__init__()
@@ -135,8 +136,7 @@ class Chain(Bookkeeping):
         known = b2*sigma[1:]**2/sigma[:-1]**2
         std = (known + c0**2*error).sqrt()
         numbers = dict(t=t, alpha=alpha, sigma=sigma, c0=c0, c1=c1, std=std, a=a, b=b2.sqrt())
-        self.correlated = covariance is not None
-        if self.correlated:
+        if covariance is not None:
             unknown = covariance.unknown(alpha[:-1], sigma[:-1]**2, error)
             roots = ((known[:, None] + c0[:, None]**2*v).sqrt() for v in unknown)
             numbers |= dict(zip(('along', 'rest'), roots), vectors=covariance.vectors)
@@ -146,6 +146,9 @@ class Chain(Bookkeeping):
         x:Tensor) -> Tensor:
         "Value `name` of step `k`, shaped to multiply `x` (B, ...)"
         return bcast(getattr(self, name)[k], x)
+    @property
+    def correlated(self) -> bool: "Whether steps have correlated noise"; return (
+        'vectors' in self._buffers)
     def width(self, k, x:Tensor): # a tensor that multiplies `x`, or a `Spread`
         "Standard deviation of step `k`"
         if not self.correlated: return self.at('std', k, x)
@@ -167,8 +170,8 @@ class Diffusion(Described, nn.Module):
         ):
         super().__init__()
         if covariance is not None and covariance.shape != tuple(shape):
-            raise ValueError(f'this covariance is of events {covariance.shape}, the prior is over '
-                f'{tuple(shape)}: make one with Covariance.of(samples)')
+            raise ValueError(f'this covariance is of events {covariance.shape}, the prior is '
+                f'over {tuple(shape)}: make one with Covariance.of(samples)')
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
         check_start(denoiser, alpha[0])
         device = next(denoiser.buffers(), t).device

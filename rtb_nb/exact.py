@@ -40,8 +40,8 @@ class ExactChain:
             raise ValueError('ExactChain needs a GaussianDenoiser prior, got '
                 f'{type(self.prior.denoiser).__name__}')
         if self.prior.chain.correlated:
-            raise ValueError('ExactChain is for steps of white noise, and these are correlated: '
-                'make the prior without a covariance')
+            raise ValueError('ExactChain is for steps of white noise, and these are '
+                'correlated: make the prior without a covariance')
         self._coordinates()
         self._forwards()
         self._backwards(keep)

@@ -11,9 +11,12 @@ from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths
                               paired_log_weights)
 from rtb_nb.beds import small_lens, two_modes
 from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
+from rtb_nb.components import save_covariance
+from rtb_nb.covariance import Covariance
+from rtb_nb.diffusion import Diffusion
 from rtb_nb.errors import PixelError, load_error, save_error, train_error
 from rtb_nb.evidence import evaluate, sandwich
-from rtb_nb.families import LensBank, LensFamily
+from rtb_nb.families import LensBank, LensBatches, LensFamily
 from rtb_nb.gradient import GapTrainer, PathTrainer
 from rtb_nb.guidance import Gate, MomentMatching
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, guess_misfit
@@ -179,6 +182,22 @@ def test_an_error_per_pixel_and_matching_with_it(device, tmp_path):
         PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
         x0, _, log_w = posterior.draw(y, 2)
         assert isinstance(x0, Away) and log_w.isfinite().all()
+
+def test_correlated_steps_behind_lenses_that_differ(device, tmp_path):
+    torch.manual_seed(0)
+    white, covariance = small_lens(steps=3).prior, Covariance.of(torch.randn(40, 1, 16, 16), 8)
+    save_covariance(covariance, tmp_path/'a.covariance.safetensors')
+    prior = Diffusion(white.denoiser, white.shape, 3, covariance=covariance).to(device)
+    lenses = LensBatches(LensBank(LensFamily(16), 2), 2)
+    family = InverseProblem(prior, Family(lenses)).to(device)
+    recipe = dict(width=16, depth=1, guide=dict(
+        name='CovarianceMatching', covariance=str(tmp_path/'a.covariance.safetensors')))
+    q = family.posterior(family_drifts(family, **recipe)).to(device)
+    bank = Bank.of(prior, 4)
+    MaximumLikelihood(q, bank, pairs=4, opt=gentle_optimiser(q)).fit(None, 2, log=str)
+    GapTrainer(q, bank, 2, measurements=2, pairs=4).fit(None, 2, log=str)
+    x = InverseProblem(prior, Likelihood(Lens(16), .05)).to(device).prior.sample(2)
+    assert isinstance(x, Away) and x.isfinite().all()
 
 @pytest.mark.parametrize('make', [linear_problem, bent_problem])
 def test_hybrids(make, device):

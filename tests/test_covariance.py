@@ -1,0 +1,233 @@
+"Correlated steps: a density like any other, and exact where data are Gaussian"
+from dataclasses import replace
+import pytest, torch
+from torch.distributions import MultivariateNormal
+from rtb_nb.amortise import Bank, bridge_log_ratio, joint_paths, pair_log_ratio
+from rtb_nb.behaviours import OnPolicy
+from rtb_nb.checkpoints import fingerprint, save_tensors
+from rtb_nb.components import load_covariance, save_covariance
+from rtb_nb.correlated import CovarianceMatching
+from rtb_nb.covariance import Correlated, Covariance, Spread, scaled, whitened
+from rtb_nb.denoise import gaussian_field
+from rtb_nb.diffusion import Diffusion
+from rtb_nb.exact import ExactChain
+from rtb_nb.families import LensBank, LensBatches, LensFamily, Matrices
+from rtb_nb.gradient import path_form
+from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, GuideShift, MomentMatching
+from rtb_nb.hybrids import DPSScore
+from rtb_nb.imaging import gaussian_blur
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.objective import RTB
+from rtb_nb.particles import twisted
+from rtb_nb.priors import load_prior
+from rtb_nb.schedule import Cosine
+from rtb_nb.train import path_gradient
+
+SHAPE = 1, 8, 8
+FIELD = gaussian_field(8, .5, 1.5, Cosine(.5))
+WHOLE = Covariance(FIELD.vectors[:, 1:], FIELD.values[1:], FIELD.values[0], SHAPE)
+
+def prior(steps=6, covariance=WHOLE):
+    return Diffusion(FIELD, SHAPE, steps, covariance=covariance)
+
+def problem(steps=6, covariance=WHOLE):
+    return InverseProblem(prior(steps, covariance), Likelihood(gaussian_blur(SHAPE, 1., 5), .2))
+
+@pytest.mark.parametrize('steps', [1, 3, 12])
+def test_the_end_of_a_gaussian_chain_is_exact_in_any_number_of_steps(steps):
+    torch.manual_seed(0)
+    p = prior(steps)
+    found = torch.cov(p.sample(20000).flatten(1).T)
+    wanted = FIELD.cov.float() + p.last_noise**2*torch.eye(64)
+    assert (found - wanted).abs().max() < .02
+    white = torch.cov(prior(steps, None).sample(4000).flatten(1).T)
+    assert white.sum() < .8*wanted.sum() # of the mean's variance
+
+def test_noised_data_look_like_the_chain_in_few_steps():
+    torch.manual_seed(0)
+    p, x = prior(4), FIELD.mean + prior().sample(3000)
+    for residuals in p.squared_residuals(p.noised(x)):
+        torch.testing.assert_close(residuals, torch.ones(4).to(residuals), atol=.05, rtol=0)
+
+def test_paths_have_the_density_that_dense_matrices_give():
+    torch.manual_seed(0)
+    p, V = prior(3), WHOLE.vectors.double()
+    tau = p.simulate(5)
+    wanted = p.start(tau.xT.shape).log_prob(tau.xT).double()
+    for k in range(3):
+        along, rest = p.chain.along[k], p.chain.rest[k]
+        root = rest*torch.eye(64) + V @ (along - rest).diag() @ V.T
+        mean = p.mean(tau.x[k], k, tau.x0_hat[k]).flatten(1).double()
+        wanted += MultivariateNormal(mean, root @ root).log_prob(tau.x[k+1].flatten(1).double())
+    torch.testing.assert_close(p.log_prob(tau).double(), wanted, rtol=1e-4, atol=1e-2)
+
+def test_the_mean_variance_of_a_step_is_the_white_one():
+    p, white = prior(7), prior(7, None)
+    mean = WHOLE.mean(p.chain.along**2, p.chain.rest**2)[:, 0]
+    torch.testing.assert_close(mean, white.chain.std**2, rtol=1e-4, atol=0)
+
+@pytest.mark.parametrize('drift', [MomentMatching(), CovarianceMatching(WHOLE), CLA(), DPS(.3),
+                                   DPSScore()], ids=lambda d: type(d).__name__)
+def test_log_ratios_are_those_of_the_kernels(drift):
+    torch.manual_seed(0)
+    p = problem()
+    y, posterior = p.simulate(1)[1], p.posterior([drift])
+    tau = posterior.simulate(y, 6)
+    ratio = posterior.log_prob(tau) - p.prior.log_prob(tau)
+    torch.testing.assert_close(posterior.log_ratio(tau), ratio, rtol=1e-3, atol=2e-2)
+    torch.manual_seed(1)
+    _, total = posterior.rollout(y, 6)
+    torch.manual_seed(1)
+    again = posterior.log_ratio(posterior.simulate(y, 6))
+    torch.testing.assert_close(total, again, rtol=1e-3, atol=2e-2)
+
+def test_the_weights_of_a_drift_average_to_one_over_the_prior():
+    torch.manual_seed(0)
+    p = problem(4)
+    posterior = p.posterior([Gate(MomentMatching(), value=.03)])
+    tau = joint_paths(p, 4000)
+    tau = replace(tau, y=tau.y.roll(1, 0)) # of another path: over the prior the mean is one
+    weights = posterior.log_ratio(tau).exp()
+    assert abs(weights.mean() - 1) < 5*weights.std()/4000**.5
+
+def test_the_best_drift_of_a_gaussian_is_better_told_than_any_other():
+    torch.manual_seed(0)
+    p = problem(10)
+    tau = joint_paths(p, 64)
+    joint = {}
+    for name, guide in dict(exact=GaussianMatching(), told=CovarianceMatching(WHOLE, 200, 1e-5),
+                            white=MomentMatching()).items():
+        posterior = p.posterior([guide])
+        own = posterior.draw(tau.y, 64)[2]
+        joint[name] = (posterior.log_weight(tau) - own).mean().item()
+    assert abs(joint['exact'] - joint['told']) < .05*joint['exact'] + .1
+    assert joint['white'] > joint['told']
+
+def test_both_forms_of_the_gradient_agree_in_mean():
+    torch.manual_seed(0)
+    p = problem(3)
+    posterior = p.posterior([Gate(CovarianceMatching(WHOLE), knots=2, value=.6)])
+    value = posterior.drifts[0].value
+    y = p.simulate(1)[1]
+    def gradient(form, n):
+        value.grad = None
+        tau = OnPolicy(posterior, n)(y)
+        if form == 'path': path_form(posterior, tau)
+        else: path_gradient(posterior, RTB(), tau, p.log_likelihood(tau.x0, tau.y).detach())
+        return value.grad.clone()
+    path = torch.stack([gradient('path', 64) for _ in range(12)])
+    score = torch.stack([gradient('score', 256) for _ in range(24)])
+    score = score*(path.mean(0).norm()/score.mean(0).norm()) # VarGrad is a multiple of it
+    off = path.mean(0) - score.mean(0)
+    error = (path.var(0)/12 + score.var(0)/24).sqrt()
+    assert (off.abs() < 5*error + .02*path.mean(0).abs()).all()
+
+def test_pairs_and_bridges_of_a_bank_agree_in_mean():
+    torch.manual_seed(0)
+    p = problem(8)
+    posterior, bank = p.posterior([CovarianceMatching(WHOLE)]), Bank.of(p.prior, 512)
+    pairs = bank.pairs(p.likelihood, 4096)
+    plain, bridged = pair_log_ratio(posterior, pairs), bridge_log_ratio(posterior, pairs)
+    assert abs((plain - bridged).mean()) < 4*(plain - bridged).std()/64 + .01
+
+def test_features_particles_and_posteriors_as_priors_take_them():
+    torch.manual_seed(0)
+    p = problem(5)
+    y = p.simulate(1)[1]
+    posterior = p.posterior([CovarianceMatching(WHOLE)])
+    x = torch.randn(2, *SHAPE)
+    step = posterior.step(x, 2, y.expand(2, -1, -1, -1), torch.zeros_like(x))
+    guide = CovarianceMatching(WHOLE)
+    torch.testing.assert_close(GuideShift(guide)(step), guide.move(step), rtol=1e-3, atol=1e-4)
+    x = posterior.given(y).sample(3)
+    assert x.shape == (3, *SHAPE) and x.isfinite().all()
+    assert twisted(p, y, 3, particles=8).x.isfinite().all()
+
+def test_white_chains_are_what_they_were_and_correlated_ones_another():
+    known = fingerprint(chain=prior(6, None).chain)
+    assert known != fingerprint(chain=prior().chain)
+    assert not prior(6, None).chain.correlated and prior().chain.correlated
+    assert 'correlated' in repr(prior()) and 'correlated' not in repr(prior(6, None))
+    with pytest.raises(ValueError, match='ExactChain is for steps of white noise'):
+        ExactChain(problem(), problem().simulate(1)[1])
+    with pytest.raises(ValueError, match='this covariance is of events'):
+        load_prior('mnist-32', covariance=WHOLE)
+
+@pytest.mark.parametrize('name', ['sources-32', 'mnist-32', 'cifar10-32'])
+def test_shipped_covariances_are_of_their_priors_data(name):
+    covariance = load_covariance(name)
+    p = load_prior(name, steps=8, covariance=covariance)
+    torch.manual_seed(0)
+    assert p.sample(2).isfinite().all()
+    variance = p.denoiser.data_variance.item()
+    assert .8 < covariance.variance/variance < 1.25
+    V = covariance.vectors
+    torch.testing.assert_close(V.T @ V, torch.eye(len(covariance.values)), atol=1e-5, rtol=0)
+
+def test_files_come_back(tmp_path):
+    path = tmp_path/'field.covariance.safetensors'
+    save_covariance(WHOLE, path, dict(data='a torus'))
+    again = load_covariance(path)
+    torch.testing.assert_close(again.values, WHOLE.values, rtol=1e-3, atol=1e-4)
+    assert again.card['data'] == 'a torus' and again.shape == SHAPE
+    with pytest.raises(ValueError, match='must end in .covariance.safetensors'):
+        save_covariance(WHOLE, tmp_path/'field.safetensors')
+    other = tmp_path/'other.covariance.safetensors'
+    save_tensors(other, dict(a=torch.zeros(1)), {})
+    with pytest.raises(ValueError, match='holds no covariance'): load_covariance(other)
+
+def test_a_correlated_normal_samples_what_it_scores():
+    spread = Spread(WHOLE.vectors, torch.full((1, 63), 2.), torch.ones(1, 1))
+    x = torch.randn(4, *SHAPE)
+    torch.testing.assert_close(whitened(spread, scaled(spread, x)), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scaled(spread, x, 2.), scaled(spread, x)/2)
+    torch.testing.assert_close(whitened(spread, x, 3.), whitened(spread, 3*x))
+    with pytest.raises(ValueError, match='draws one event of each sample'):
+        Correlated(x, spread).rsample((2,))
+
+def test_lenses_in_a_batch_are_each_by_itself():
+    torch.manual_seed(0)
+    bank = LensBank(LensFamily(16), 3)
+    noise = torch.tensor([.02, .05, .1])
+    stacked = Likelihood(Matrices.of(bank.lenses).times(1/noise), 1.)
+    x, k = torch.randn(6, 1, 16, 16), 2
+    field = Diffusion(gaussian_field(16, .3, 3., Cosine(.5)), (1, 16, 16), 4)
+    y = torch.cat([lens(x[2*i:2*i+2]) for i, lens in enumerate(bank.lenses)])
+    y = y + .05*torch.randn_like(y)
+    offset = torch.stack([lens.offset.float() for lens in bank.lenses])
+    twice = lambda v: v.repeat_interleave(2, 0)
+    scaled_y = (y - twice(offset))/twice(noise)[:, None, None, None]
+    at = field.noised(x).x[k]
+    guides = MomentMatching(), CovarianceMatching(Covariance.of(torch.randn(99, 1, 16, 16), 8))
+    together = InverseProblem(field, stacked).posterior([])
+    step = together.step(at, k, scaled_y, field.denoise(at, k))
+    for i, lens in enumerate(bank.lenses):
+        part = slice(2*i, 2*i + 2)
+        alone = InverseProblem(field, Likelihood(lens, noise[i].item())).posterior([])
+        own = alone.step(at[part], k, y[part], field.denoise(at[part], k))
+        for guide in guides:
+            moved = guide.move(step)[part]
+            torch.testing.assert_close(moved, guide.move(own), rtol=1e-2, atol=1e-3)
+        power = (lens.column_power(at[part])/noise[i]**2).expand(2, -1, -1, -1)
+        found = stacked.operator.column_power(at)[part]
+        torch.testing.assert_close(found, power, rtol=1e-4, atol=1e-4)
+    v = torch.randn(6, 1, 16, 16)
+    i = torch.tensor([2, 0])
+    torch.testing.assert_close(stacked.operator[i](v[:2]), torch.cat(
+        [(bank.lenses[j](v[n:n+1]) - bank.lenses[j].offset.float())/noise[j]
+         for n, j in enumerate(i)]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match='does not go round 3 operators'):
+        stacked.operator(v[:4])
+    with pytest.raises(ValueError, match='equal'):
+        Matrices.of([gaussian_blur((3, 8, 8), 1., 5)])
+
+def test_batches_of_lenses_are_drawn_anew_and_name_their_bank():
+    torch.manual_seed(0)
+    bank = LensBank(LensFamily(16), 4)
+    batches = LensBatches(bank, 2)
+    one, other = batches(), batches()
+    assert one.n_operators == 2 and not torch.equal(one.operator.factor, other.operator.factor)
+    low, high = bank.family.noise_std
+    assert (1/one.operator.factor >= low).all() and (1/one.operator.factor <= high).all()
+    assert fingerprint(m=batches) == fingerprint(m=LensBatches(bank, 2))
+    assert fingerprint(m=batches) != fingerprint(m=LensBatches(bank, 4))
