@@ -6,7 +6,7 @@
 __all__ = ['save_covariance', 'load_covariance']
 
 # %% ../nbs/06d_components.ipynb #d6fe6ba0
-from torch import Tensor
+import torch
 from .checkpoints import load_tensors, save_weights, shipped_file
 from .covariance import Covariance
 
@@ -19,6 +19,7 @@ def save_covariance(covariance:Covariance, path, # ends in .covariance.safetenso
     state = {name: v.clone() for name, v in covariance.state_dict().items()}
     return save_weights(state, path, '.covariance.safetensors', card)
 
+@torch.inference_mode(False)
 def load_covariance(name, # of a shipped one, such as 'sources-32', or a file
     device='cpu') -> Covariance: # with its card in `covariance.card`
     "The covariance of a file"

@@ -40,8 +40,8 @@ class CovarianceMatching(Guidance):
         if tuple(step.x.shape[1:]) != shape:
             raise ValueError(f'this covariance is of events {shape}, the images are '
                 f'{tuple(step.x.shape[1:])}: make one with Covariance.of(samples)')
-        known = None if step.denoiser is None else step.error_of_end()
-        level = step.alpha, step.noise_of_end(), known, step.end**2
+        self.guessing(step)
+        level = step.alpha, step.noise_of_end(), step.error_of_end(), step.end**2
         return Spread(self.covariance.vectors, *self.covariance.unknown(*level))
     def move(self, step:Step) -> Tensor: # (B, ...) in the data's units
         "How far the measurement moves the guess of the end"

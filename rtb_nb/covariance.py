@@ -8,12 +8,14 @@ __all__ = ['Covariance', 'Spread', 'scaled', 'whitened', 'Correlated']
 # %% ../nbs/02a_covariance.ipynb #cd78d2d1
 import math
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.distributions import Distribution
+from fastcore.basics import patch
+from .denoise import Bookkeeping, _no_autocast
 from .schedule import check_number, check_whole
 
 # %% ../nbs/02a_covariance.ipynb #15a204a9
-class Covariance(nn.Module):
+class Covariance(Bookkeeping):
     "Principal components of data, and one variance for the rest"
     def __init__(self, vectors:Tensor, # orthonormal (D, r)
         values:Tensor, # variances along them (r,)
@@ -25,20 +27,30 @@ class Covariance(nn.Module):
         if tuple(vectors.shape) != (math.prod(self.shape), len(values)):
             raise ValueError(f'vectors must be ({math.prod(self.shape)}, {len(values)}) for '
                 f'{len(values)} components of events {self.shape}, got {tuple(vectors.shape)}')
+        if not (values > 0).all() or not torch.as_tensor(rest) > 0:
+            raise ValueError('variances must be positive, the least is '
+                f'{min(values.min().item(), float(rest)):.3g}')
         Q, R = torch.linalg.qr(vectors.double()) # from a file they are rounded
+        off = (R.abs() - torch.eye(len(values)).to(R)).abs().max()
+        if off > .02: raise ValueError('vectors must be orthonormal, and are off by '
+            f'{off:.2g}: take those of torch.linalg.eigh')
         parts = dict(vectors=Q*R.diag().sign(), values=values, rest=torch.as_tensor(rest))
-        for name, v in parts.items(): self.register_buffer(name, v.float())
+        for name, v in parts.items(): self.register_buffer(name, v.double())
     @classmethod
-    def of(cls, x:Tensor, # samples of the data (N, ...)
-        rank=128, # principal components to keep, at most D - 1
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def of(cls, x:Tensor, # samples of the data (N, ...), more than components
+        rank=None, # principal components to keep; 128 if None, or D - 1 if that is less
         last_noise=0. # of the samples, where a chain made them
         ) -> 'Covariance':
         "The covariance of samples"
         flat = x.flatten(1).double()
-        if len(flat) < 2 or not flat.isfinite().all():
-            raise ValueError(f'a covariance needs two finite samples or more, got {len(flat)}, '
-                f'with {int((~flat.isfinite()).sum())} entries that are not finite')
-        rank = check_whole('rank', rank, 1, flat.shape[1]-1, 'components to keep')
+        most = flat.shape[1] - 1
+        rank = min(128, most) if rank is None else rank
+        rank = check_whole('rank', rank, 1, most, 'principal components to keep')
+        if len(flat) <= rank or not flat.isfinite().all():
+            raise ValueError(f'{rank} components need more finite samples than that, '
+                f'got {len(flat)}, with {int((~flat.isfinite()).sum())} entries not finite')
         values, vectors = torch.linalg.eigh(torch.cov(flat.T))
         noise = check_number('last_noise', last_noise, '[0, inf)')
         values = (values - noise**2).clamp(min=1e-6)
@@ -47,23 +59,23 @@ class Covariance(nn.Module):
     def variance(self) -> Tensor: # a scalar
         "Of a pixel, on average"
         return self.mean(self.values, self.rest)
-    def mean(self, along, rest): # (..., r) and (..., 1), or a number: of all directions
+    def mean(self, along:Tensor, rest # variances (r,) and a number, or (B, r) and (B, 1)
+        ) -> Tensor: # a scalar, or (B, 1)
+        "Mean over all directions"
         D, r = self.vectors.shape
         return (along.sum(-1, keepdim=along.ndim > 1) + (D-r)*rest)/D
     def extra_repr(self):
         return f'{len(self.values)} components of {self.shape}, rest {self.rest:.2g}'
 
 # %% ../nbs/02a_covariance.ipynb #702a77e4
-from fastcore.basics import patch
-
 @patch
-def unknown(self:Covariance, alpha, sigma2, # of the level: signal, variance of the noise (B,)
-    error=None, # mean error per pixel (B,), if it is known
+def unknown(self:Covariance, alpha, sigma2, # of the level: signal, and variance of the noise
+    error=None, # mean error per pixel, if it is known; all three numbers, or B of them
     extra=0. # variance of white noise that counts as data
-    ) -> tuple: # variances along the components (B, r), and of the rest (B, 1)
+    ) -> tuple: # variances along the components (B, r) and of the rest (B, 1), float64
     "Variances of data seen through noise"
-    alpha, sigma2 = (torch.as_tensor(v).reshape(-1, 1) for v in (alpha, sigma2))
-    values, rest = (v.to(alpha) + extra for v in (self.values, self.rest))
+    alpha, sigma2 = (torch.as_tensor(v).to(self.values).reshape(-1, 1) for v in (alpha, sigma2))
+    values, rest = self.values + extra, self.rest + extra
     along, rest = (sigma2*v/(sigma2 + alpha**2*v) for v in (values, rest))
     if error is None: return along, rest
     scale = torch.as_tensor(error).to(along).reshape(-1, 1)/self.mean(along, rest)
@@ -71,16 +83,17 @@ def unknown(self:Covariance, alpha, sigma2, # of the level: signal, variance of 
 
 # %% ../nbs/02a_covariance.ipynb #07a33fb7
 class Spread:
-    "A symmetric matrix with a covariance's eigenvectors, one for each sample or for all"
+    "A symmetric matrix with a covariance's eigenvectors: of variances, or their root"
     def __init__(self, vectors:Tensor, # (D, r)
         along, rest # eigenvalues (B or 1, r) and (B or 1, 1), positive
         ):
         self.vectors, self.along, self.rest = vectors, along, rest
-    def __repr__(self): return f'Spread of {len(self.along)} x {tuple(self.vectors.shape)}'
+    def __repr__(self): return f'Spread of {self.vectors.shape[1]} components'
     def _product(self, v, along, rest): # (B, ...)
         flat, V = v.flatten(1), self.vectors.to(v)
         along, rest = along.to(v), rest.to(v)
-        return (rest*flat + (flat @ V*(along - rest)) @ V.T).reshape(v.shape)
+        with _no_autocast(v):
+            return (rest*flat + (flat @ V*(along - rest)) @ V.T).reshape(v.shape)
     def times(self, v:Tensor) -> Tensor: "The matrix times images (B, ...)"; return (
         self._product(v, self.along, self.rest))
     def solve(self, v:Tensor) -> Tensor: "Its inverse times images (B, ...)"; return (
@@ -92,13 +105,13 @@ class Spread:
 
 def scaled(std, # a standard deviation that multiplies images, or a `Spread`
     v:Tensor, # (B, ...)
-    over=1. # divides it
+    over=1. # divides it: a number, or shaped to multiply `v`
     ) -> Tensor: # (B, ...)
     "Unit noise as a step makes it"
     return std.times(v)/over if isinstance(std, Spread) else std/over*v
 
 def whitened(std, v:Tensor, # (B, ...)
-    times=None # multiplies it; nothing if None
+    times=None # multiplies it: a number, or shaped to multiply `v`
     ) -> Tensor: # (B, ...)
     "And back: a displacement in standard deviations"
     if isinstance(std, Spread): return std.solve(v if times is None else times*v)
@@ -112,8 +125,15 @@ class Correlated(Distribution):
         spread:Spread):
         self._mean, self.spread = mean, spread
         super().__init__(mean.shape[:1], mean.shape[1:], validate_args=False)
+    def __repr__(self): return f'Correlated(events {tuple(self.event_shape)}, {self.spread})'
     @property
     def mean(self): return self._mean
+    @property
+    def variance(self): # of every entry
+        V, (along, rest) = self.spread.vectors.to(self._mean), (
+            v.to(self._mean)**2 for v in (self.spread.along, self.spread.rest))
+        return (rest + (along - rest) @ (V**2).T).reshape(-1, *self.event_shape).expand_as(
+            self._mean)
     def rsample(self, shape=()):
         if shape: raise ValueError('Correlated draws one event of each sample: repeat its mean')
         return self._mean + self.spread.times(torch.randn_like(self._mean))

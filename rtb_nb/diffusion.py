@@ -121,8 +121,9 @@ def cat(cls:Trajectories, parts:list) -> Trajectories:
 # %% ../nbs/03_diffusion.ipynb #a170dfd6
 class Chain(Bookkeeping):
     "A chain's numbers, float64: levels t, alpha, sigma (K+1,); steps c0, c1, std, a, b (K,)"
-    def __init__(self, t, alpha, sigma,
-        error, # E|x0 - x0_hat|^2 per pixel at the first K levels
+    # and of correlated steps: roots along (K, r), rest (K, 1), of vectors (D, r)
+    def __init__(self, t, alpha, sigma, # (K+1,)
+        error, # E|x0 - x0_hat|^2 per pixel at the first K levels (K,)
         covariance:Covariance=None # of the data; None: steps of white noise
         ):
         super().__init__()
@@ -145,6 +146,8 @@ class Chain(Bookkeeping):
     def at(self, name:str, k, # a step, or one per sample (B,)
         x:Tensor) -> Tensor:
         "Value `name` of step `k`, shaped to multiply `x` (B, ...)"
+        if name == 'std' and self.correlated: raise ValueError('steps of this chain are '
+            'correlated, and no number is their standard deviation: use chain.width(k, x)')
         return bcast(getattr(self, name)[k], x)
     @property
     def correlated(self) -> bool: "Whether steps have correlated noise"; return (
@@ -169,6 +172,9 @@ class Diffusion(Described, nn.Module):
         covariance=None # a `Covariance` of the data; None: steps of white noise
         ):
         super().__init__()
+        if not isinstance(covariance, Covariance|None):
+            raise ValueError(f'covariance must be a Covariance, got {covariance!r}: '
+                "use load_covariance('sources-32'), or Covariance.of(samples)")
         if covariance is not None and covariance.shape != tuple(shape):
             raise ValueError(f'this covariance is of events {covariance.shape}, the prior is '
                 f'over {tuple(shape)}: make one with Covariance.of(samples)')
@@ -216,12 +222,13 @@ def dtype(self:Diffusion) -> torch.dtype:
 @patch(as_prop=True)
 def brief(self:Diffusion) -> str:
     "In a few words, where it is one of many facts"
-    return f'{type(self).__name__} of {self.steps} steps over {self.shape}'
+    kind = ' correlated' if self.chain.correlated else ''
+    return f'{type(self).__name__} of {self.steps}{kind} steps over {self.shape}'
 @patch
 def describe(self:Diffusion) -> dict:
     "Facts by name"
     facts = {'events': self.shape, 'steps': self.steps, 'last noise': self.last_noise}
-    if self.chain.correlated: facts['steps'] = f'{self.steps}, their noise correlated'
+    if self.chain.correlated: facts['steps'] = f'{self.steps}, of correlated noise'
     denoiser, schedule = map(in_words, (self.denoiser, self.denoiser.schedule))
     kind = kind_of(torch.empty(0, dtype=self.dtype, device=self.device))
     return facts | {'denoiser': denoiser, 'schedule': schedule, 'tensors': kind}
@@ -342,10 +349,11 @@ def noised(self:Diffusion, x0:Tensor, # the data end of the paths, (B, ...)
 def squared_residuals(self:Diffusion, tau:Trajectories
     ) -> tuple: # the noising kernel's, and this chain's own: (K,) each
     "Mean squared standardised steps of paths under both kernels; of noised data both are 1"
-    width = lambda q: getattr(q, 'spread', None) or q.base_dist.stddev
-    mean_square = lambda x, q: whitened(width(q), x - q.mean).square().mean()
-    back = [mean_square(tau.x[k], self.noise(tau.x[k+1], k)) for k in range(self.steps)]
-    ahead = [mean_square(tau.x[k+1], kernel) for k, kernel in enumerate(self.kernels(tau))]
+    square = lambda std, x, q: whitened(std, x - q.mean).square().mean()
+    back = [square(self.chain.at('b', k, x), tau.x[k], self.noise(x, k))
+            for k, x in enumerate(tau.x[1:])]
+    ahead = [square(self.chain.width(k, tau.x[k]), tau.x[k+1], kernel)
+             for k, kernel in enumerate(self.kernels(tau))]
     return torch.stack(back), torch.stack(ahead)
 
 # %% ../nbs/03_diffusion.ipynb #389cb308

@@ -301,7 +301,7 @@ def shipped_priors() -> list:
 @torch.inference_mode(False)
 def load_prior(name, # a shipped prior, such as 'galaxies-32', or a file that save_prior wrote
     steps=20, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
-    covariance=None, # of the data, for steps of correlated noise; see chapter 06d
+    covariance=None, # a `Covariance` of the data, for steps of correlated noise; chapter 06d
     device='cpu',
     dtype=torch.float32 # torch.bfloat16 runs the network in mixed precision, see in_bfloat16
     ) -> Diffusion:

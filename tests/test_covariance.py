@@ -153,6 +153,45 @@ def test_white_chains_are_what_they_were_and_correlated_ones_another():
     with pytest.raises(ValueError, match='this covariance is of events'):
         load_prior('mnist-32', covariance=WHOLE)
 
+def second(): # a problem whose prior is the posterior of another
+    first = problem()
+    prior = first.posterior([]).given(first.simulate(1)[1])
+    return InverseProblem(prior, first.likelihood)
+
+@pytest.mark.parametrize('wrong, says', [
+    (lambda: Covariance.of(torch.randn(20, 1, 16, 16)), '128 components need more finite'),
+    (lambda: Covariance.of(torch.full((9, 2), torch.nan)), '1 components need more finite'),
+    (lambda: Covariance.of(torch.randn(9, 4), 4), 'rank must be a whole number from 1 to 3'),
+    (lambda: Covariance(torch.eye(4)[:, :2], -torch.ones(2), 1., (4,)), 'must be positive'),
+    (lambda: Covariance(torch.eye(4)[:, :2], torch.ones(2), 0., (4,)), 'must be positive'),
+    (lambda: Covariance(torch.randn(4, 2), torch.ones(2), 1., (4,)), 'must be orthonormal'),
+    (lambda: Covariance(torch.eye(4)[:, :2], torch.ones(3), 1., (4,)), r'must be \(4, 3\)'),
+    (lambda: load_prior('mnist-32', covariance='mnist-32'), "covariance must be a Covariance"),
+    (lambda: prior().chain.at('std', 0, torch.zeros(1, *SHAPE)), 'use chain.width'),
+    (lambda: second().posterior([CovarianceMatching(WHOLE)]).sample(torch.zeros(1, *SHAPE), 1),
+     'needs the denoiser of the prior')])
+def test_what_cannot_be_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says): wrong()
+
+def test_precision_and_whole_numbers():
+    along, rest = WHOLE.unknown(1, .04)
+    assert along.min() > 0 and rest > 0
+    half = problem().posterior([CovarianceMatching(WHOLE)]).half()
+    assert half.drifts[0].covariance.vectors.dtype == torch.float64
+    spread = Spread(WHOLE.vectors, torch.full((1, 63), 2.), torch.ones(1, 1))
+    x = torch.ones(2, 8, 8)
+    exact = spread.times(x)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(spread.times(x), exact)
+    variance = Correlated(x, spread).variance
+    assert variance.shape == x.shape and (variance > 1).all() and (variance <= 4.001).all()
+
+def test_made_in_inference_mode_they_can_be_trained_through(tmp_path):
+    save_covariance(WHOLE, tmp_path/'a.covariance.safetensors')
+    with torch.inference_mode():
+        loaded = load_covariance(tmp_path/'a.covariance.safetensors')
+        made = Covariance.of(torch.randn(99, 8)), loaded
+    assert not any(c.vectors.is_inference() for c in made)
+
 @pytest.mark.parametrize('name', ['sources-32', 'mnist-32', 'cifar10-32'])
 def test_shipped_covariances_are_of_their_priors_data(name):
     covariance = load_covariance(name)
@@ -162,7 +201,8 @@ def test_shipped_covariances_are_of_their_priors_data(name):
     variance = p.denoiser.data_variance.item()
     assert .8 < covariance.variance/variance < 1.25
     V = covariance.vectors
-    torch.testing.assert_close(V.T @ V, torch.eye(len(covariance.values)), atol=1e-5, rtol=0)
+    unit = torch.eye(len(covariance.values)).double()
+    torch.testing.assert_close(V.T @ V, unit, atol=1e-10, rtol=0)
 
 def test_files_come_back(tmp_path):
     path = tmp_path/'field.covariance.safetensors'
