@@ -139,7 +139,7 @@ class Chain(Bookkeeping):
         numbers = dict(t=t, alpha=alpha, sigma=sigma, c0=c0, c1=c1, std=std, a=a, b=b2.sqrt())
         if covariance is not None:
             unknown = covariance.unknown(alpha[:-1], sigma[:-1]**2, error)
-            roots = ((known[:, None] + c0[:, None]**2*v).sqrt() for v in unknown)
+            roots = ((known[:, None] + c0[:, None]**2*v.cpu()).sqrt() for v in unknown)
             numbers |= dict(zip(('along', 'rest'), roots), vectors=covariance.vectors)
         for n, v in numbers.items(): self.register_buffer(n, v.double())
     def __len__(self): return len(self.c0)
