@@ -16,7 +16,7 @@ def save_covariance(covariance:Covariance, path, # ends in .covariance.safetenso
     ) -> dict: # the whole card
     "Write a covariance with its card, in half precision; the one in memory stays as it is"
     card = dict(card or {}, shape=list(covariance.shape), rank=len(covariance.values))
-    state = {name: v.clone() for name, v in covariance.state_dict().items()}
+    state = {name: getattr(covariance, name).clone() for name in ('vectors', 'values', 'rest')}
     return save_weights(state, path, '.covariance.safetensors', card)
 
 @torch.inference_mode(False)

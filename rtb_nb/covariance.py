@@ -35,7 +35,8 @@ class Covariance(Bookkeeping):
         if off > .02: raise ValueError('vectors must be orthonormal, and are off by '
             f'{off:.2g}: take those of torch.linalg.eigh')
         parts = dict(vectors=Q*R.diag().sign(), values=values, rest=torch.as_tensor(rest))
-        for name, v in parts.items(): self.register_buffer(name, v.double())
+        for name, v in parts.items(): # not of a state: files of drifts name it instead
+            self.register_buffer(name, v.double(), persistent=False)
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -140,7 +140,7 @@ class Chain(Bookkeeping):
         if covariance is not None:
             unknown = covariance.unknown(alpha[:-1], sigma[:-1]**2, error)
             roots = ((known[:, None] + c0[:, None]**2*v.cpu()).sqrt() for v in unknown)
-            numbers |= dict(zip(('along', 'rest'), roots), vectors=covariance.vectors)
+            numbers |= dict(zip(('along', 'rest'), roots), vectors=covariance.vectors.clone())
         for n, v in numbers.items(): self.register_buffer(n, v.double())
     def __len__(self): return len(self.c0)
     def at(self, name:str, k, # a step, or one per sample (B,)

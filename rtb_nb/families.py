@@ -13,8 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .lensing import Lens
 from .likelihood import Likelihood
-from rtb_nb.operators import (LinearOperator, _no_autocast, _per_sample, at_least_single,
-    check_batch)
+from .operators import LinearOperator, at_least_single, check_batch
 from .per_sample import PerSample
 from .schedule import check_whole
 
@@ -125,13 +124,9 @@ def _each(self:Matrices, part, like, shape):
 def gram_solve(self:Matrices, v, a, b):
     check_batch(v, self.out_shape, 'v')
     v = at_least_single(v)
-    vectors, u = self.cast('vectors', v), self.spread(v.flatten(1))
-    a, b = (_per_sample(c, v, name).expand(len(v), 1).reshape(*u.shape[:2], 1)
-            for c, name in ((a, 'a'), (b, 'b')))
     values = self.cast('values', v)*self.cast('factor', v)[:, None]**2
-    scale = a*values[:, None] + b
-    if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
-    with _no_autocast(v): return (u @ vectors/scale @ vectors.mT).reshape(v.shape)
+    u = self.spread(v.flatten(1))
+    return self.solve_by_eigs(v, u, values, self.cast('vectors', v), a, b)
 
 # %% ../nbs/09c_families.ipynb #4d7b54cb
 class LensBatches(nn.Module):

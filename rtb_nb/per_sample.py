@@ -47,6 +47,16 @@ class PerSample(LinearOperator):
         if i.ndim != 1 or not len(i): raise IndexError(f'{index!r} gives no batch of members: '
             'use a slice, a list or a tensor, such as op[2:3]')
         return i.to(self.offset.device)
+    def solve_by_eigs(self, v, u, # measurements (n, ...), and by members (B, j, m)
+        values, vectors, # of each A A^T: (B, m) and (B, m, m)
+        a, b) -> Tensor: # numbers or (n,), >= 0 -> (n, ...)
+        "(a A A^T + b I)^-1 v from every member's own eigenvectors"
+        each = u.shape[0]*u.shape[1]//len(v)
+        a, b = (_per_sample(c, v, name).expand(len(v), each).reshape(*u.shape[:2], 1)
+                for c, name in ((a, 'a'), (b, 'b')))
+        scale = a*values[:, None] + b
+        if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
+        with _no_autocast(v): return (u @ vectors/scale @ vectors.mT).reshape(v.shape)
     def block(self): raise ValueError(f'{type(self).__name__} holds {self.members} operators '
         'and so no one matrix: this method needs a plain operator, one measurement at a time')
     def decompose(self): return self.block()
@@ -194,14 +204,8 @@ def made_like(self:Blurs, name, like):
 def gram_solve(self:Blurs, v, a, b):
     check_batch(v, self.out_shape, 'v')
     v = at_least_single(v)
-    values, vectors = self.cast('eigs', v)
-    u, channels = self.spread(v).flatten(3).flatten(1, 2), self.in_shape[0]
-    a, b = (_per_sample(c, v, name).expand(len(v), channels).reshape(*u.shape[:2], 1)
-            for c, name in ((a, 'a'), (b, 'b')))
-    scale = a*values[:, None] + b
-    if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
-    with _no_autocast(v):
-        return (u @ vectors/scale @ vectors.mT).reshape(v.shape)
+    channels = self.spread(v).flatten(3).flatten(1, 2)
+    return self.solve_by_eigs(v, channels, *self.cast('eigs', v), a, b)
 
 # %% ../nbs/07d_per_sample.ipynb #aec2c40d
 @patch

@@ -21,6 +21,7 @@ from rtb_nb.objective import RTB
 from rtb_nb.particles import twisted
 from rtb_nb.priors import load_prior
 from rtb_nb.schedule import Cosine
+from rtb_nb.shipped import family_drifts, load_posterior, save_posterior
 from rtb_nb.train import path_gradient
 
 SHAPE = 1, 8, 8
@@ -203,6 +204,24 @@ def test_shipped_covariances_are_of_their_priors_data(name):
     V = covariance.vectors
     unit = torch.eye(len(covariance.values)).double()
     torch.testing.assert_close(V.T @ V, unit, atol=1e-10, rtol=0)
+
+def test_a_posterior_is_written_without_the_covariance_and_leaves_the_chain_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    save_covariance(WHOLE, tmp_path/'a.covariance.safetensors')
+    covariance = load_covariance(tmp_path/'a.covariance.safetensors')
+    p = InverseProblem(prior(3, covariance), problem().likelihood)
+    y, before = p.simulate(1)[1], p.prior.chain.vectors.clone()
+    recipe = dict(width=16, depth=1, guide=dict(
+        name='CovarianceMatching', covariance=str(tmp_path/'a.covariance.safetensors')))
+    q = p.posterior(family_drifts(p, **recipe))
+    q.drifts[0].drift.covariance = covariance # the chain's own
+    save_posterior(q, tmp_path/'a.posterior.safetensors', recipe, {})
+    assert torch.equal(p.prior.chain.vectors, before)
+    assert torch.equal(covariance.vectors, before)
+    assert not any('covariance' in name for name in q.drifts.state_dict())
+    again = load_posterior(tmp_path/'a.posterior.safetensors', p)
+    tau = q.simulate(y, 3)
+    torch.testing.assert_close(again.log_ratio(tau), q.log_ratio(tau), rtol=1e-3, atol=1e-2)
 
 def test_files_come_back(tmp_path):
     path = tmp_path/'field.covariance.safetensors'
