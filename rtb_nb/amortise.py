@@ -17,7 +17,7 @@ from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tens
 from .covariance import whitened
 from .diffusion import Diffusion, Trajectories
 from .likelihood import InverseProblem, Likelihood, together, whole_batch
-from .posterior import Posterior
+from .posterior import Posterior, tilt
 from .schedule import check_whole
 from .train import Trainer
 
@@ -129,9 +129,9 @@ def pairs(self:Bank, likelihood:Likelihood, n:int) -> Pairs:
 def pair_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats
     "log q - log p of each step, differentiable in the drifts"
     x, k = pairs.x, pairs.k
-    u = posterior.drift(x, k, pairs.y, pairs.x0_hat)
+    u, narrow = posterior.bend(x, k, pairs.y, pairs.x0_hat)
     mean, std = posterior.mean(x, k, pairs.x0_hat), posterior.chain.width(k, x)
-    return (u*(whitened(std, pairs.following - mean) - u/2)).flatten(1).sum(1)
+    return tilt(whitened(std, pairs.following - mean), u, narrow)
 
 # %% ../nbs/14a_amortise.ipynb #6c4e92c4
 def bridge_step(posterior:Posterior, pairs:Pairs) -> Tensor: # (B, ...)
@@ -139,10 +139,20 @@ def bridge_step(posterior:Posterior, pairs:Pairs) -> Tensor: # (B, ...)
     step = posterior.step(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
     return step.end_as_drift(pairs.end - step.guess_of_end())
 
+def _bridge_noise(posterior, pairs, narrow) -> Tensor: # (B,)
+    "What the noise of a bridge adds to its mean's part of a narrowed step's log-ratio"
+    k, chain = pairs.k, posterior.chain
+    before, after = (chain.sigma[i]**2 - (chain.alpha[i]*posterior.last_noise)**2
+                     for i in (k, k + 1))
+    noise, std = chain.b[k]**2*after/before, chain.width(k, pairs.x)
+    lost = narrow.map(lambda w, s, v: (1 - w**-2)*v/s**2, std, noise)
+    return lost.trace.to(pairs.x)/2
+
 def bridge_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats
     "`pair_log_ratio` with the mean of the step in place of the step: as large, less noisy"
-    u = posterior.drift(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
-    return (u*(bridge_step(posterior, pairs) - u/2)).flatten(1).sum(1)
+    u, narrow = posterior.bend(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
+    log_ratio = tilt(bridge_step(posterior, pairs), u, narrow)
+    return log_ratio if narrow is None else log_ratio + _bridge_noise(posterior, pairs, narrow)
 
 # %% ../nbs/14a_amortise.ipynb #ead0fcbb
 class Family(Likelihood):

@@ -101,8 +101,22 @@ class Spread:
         self._product(v, 1/self.along, 1/self.rest))
     @property
     def log_det(self) -> Tensor: # (B,) or (1,)
+        return self.map(torch.log).trace
+    @property
+    def trace(self) -> Tensor: # (B,) or (1,)
         D, r = self.vectors.shape
-        return self.along.log().sum(1) + (D-r)*self.rest.log()[:, 0]
+        return self.along.sum(1) + (D-r)*self.rest[:, 0]
+    def map(self, fn, *others # numbers, tensors shaped to multiply images, or `Spread`s
+        ) -> 'Spread':
+        "The matrix whose eigenvalues are `fn` of this one's and of those of the others"
+        return Spread(self.vectors, *(fn(own, *(self._eigenvalues(o, part) for o in others))
+            for part, own in (('along', self.along), ('rest', self.rest))))
+    def _eigenvalues(self, other, part):
+        if not isinstance(other, Spread): return torch.as_tensor(other).reshape(-1, 1)
+        if other.vectors is self.vectors or torch.equal(other.vectors, self.vectors):
+            return getattr(other, part)
+        raise ValueError('two covariances do not have the same components: make the chain and '
+            'what narrows its steps with one of them')
 
 def scaled(std, # a standard deviation that multiplies images, or a `Spread`
     v:Tensor, # (B, ...)

@@ -13,7 +13,7 @@ from .behaviours import OnPolicy
 from .covariance import scaled, whitened
 from .diffusion import Trajectories
 from .likelihood import whole_batch
-from .posterior import Posterior, gradients
+from .posterior import Posterior, gradients, tilt
 from .schedule import check_whole
 from .train import Trainer
 
@@ -26,10 +26,12 @@ def _pulled_back(posterior:Posterior, tau:Trajectories, k:int,
     x = tau.x[k].detach().requires_grad_()
     x0_hat = posterior.prior.guess(x, k)
     mu, s = posterior.mean(x, k, x0_hat), posterior.chain.width(k, x)
-    u = posterior.drift(x, k, tau.y, x0_hat)
-    eps = (whitened(s, tau.x[k+1] - mu) - u).detach()
-    log_ratio = (u*(eps + u/2)).flatten(1).sum(1)
-    (share*log_ratio.sum() + (adjoint*(mu + scaled(s, u + eps))).sum()).backward()
+    u, narrow = posterior.bend(x, k, tau.y, x0_hat)
+    eps = whitened(s, tau.x[k+1] - mu) - u
+    eps = (eps if narrow is None else narrow.solve(eps)).detach()
+    noise = eps if narrow is None else narrow.times(eps)
+    log_ratio = tilt(u + noise, u, narrow)
+    (share*log_ratio.sum() + (adjoint*(mu + scaled(s, u + noise))).sum()).backward()
     return x.grad, log_ratio.detach()
 
 # %% ../nbs/14b_gradient.ipynb #9d8da227

@@ -21,6 +21,7 @@ from .families import LensFamily, outside
 from .guidance import MomentMatching, likelihood_slope
 from .likelihood import InverseProblem
 from .matching import PixelMatching, PixelProximal
+from .narrowed import Narrowed
 from .posterior import Posterior, Step
 from .schedule import check_number
 from .train import image_drifts
@@ -48,11 +49,14 @@ def _guide(name, # of the recipe
                      f'PixelMatching and PixelProximal, got {name!r}')
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
-    width=64, depth=3 # of the network
+    width=64, depth=3, # of the network
+    narrowed=False # whether the guide's covariance narrows steps
     ) -> list: # drifts for `problem.posterior`
     "The drifts of a posterior that serves a family of operators"
     view = source_view if hasattr(problem.operator, 'adjoint') else likelihood_slope
-    return image_drifts(problem, _guide(**guide, problem=problem), view, width, depth)
+    guide = _guide(**guide, problem=problem)
+    drifts = image_drifts(problem, guide, view, width, depth)
+    return drifts + [Narrowed(guide)] if narrowed else drifts
 
 # %% ../nbs/14c_shipped.ipynb #8948f13b
 def gentle_optimiser(posterior:Posterior, lr=1e-3) -> torch.optim.Adam:
