@@ -48,6 +48,9 @@ class Narrowed(Narrowing):
                      for v in self._seen[op])
     @torch.no_grad()
     def width(self, step:Step) -> Spread:
+        if not isinstance(step.std, Spread):
+            raise ValueError('the steps of this chain are of white noise, and too narrow already '
+                'where its guess is uncertain: make the prior with covariance=...')
         (_, likelihood), C = self.guide.measured(step), self.guide.error(step)
         b, s2, n = likelihood.noise_std**2, step.noise_of_end(), len(step.x)
         along, rest = (v.to(C.along.device)/b for v in self.seen(likelihood.operator, n))
