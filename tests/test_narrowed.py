@@ -1,0 +1,214 @@
+"Steps narrower than the prior's: densities, gradients, and nothing left to learn for Gaussians"
+import copy
+import pytest, torch
+from rtb_nb.amortise import (Bank, Family, MaximumLikelihood, bridge_log_ratio, gap,
+                             joint_paths, pair_log_ratio, paired_log_weights)
+from rtb_nb.behaviours import OnPolicy
+from rtb_nb.components import save_covariance
+from rtb_nb.correlated import CovarianceMatching
+from rtb_nb.covariance import Covariance, Spread, scaled, whitened
+from rtb_nb.denoise import gaussian_field
+from rtb_nb.diffusion import Diffusion
+from rtb_nb.families import LensBank, LensBatches, LensFamily
+from rtb_nb.gradient import GapTrainer, PathTrainer, path_form
+from rtb_nb.guidance import Gate, MomentMatching
+from rtb_nb.imaging import box_mask, gaussian_blur
+from rtb_nb.lensing import Lens
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.narrowed import Narrowed, seen_of
+from rtb_nb.objective import RTB
+from rtb_nb.operators import Mask
+from rtb_nb.posterior import Narrowing, Posterior, tilt
+from rtb_nb.schedule import Cosine
+from rtb_nb.shipped import family_drifts, load_posterior, prior_of, save_posterior
+from rtb_nb.train import Trainer, path_gradient
+
+SHAPE = 1, 8, 8
+FIELD = gaussian_field(8, .5, 1.5, Cosine(.5))
+WHOLE = Covariance(FIELD.vectors[:, 1:], FIELD.values[1:], FIELD.values[0], SHAPE)
+EVERY = Mask(torch.ones(SHAPE, dtype=torch.bool))
+
+def problem(operator=EVERY, steps=5, std=.2, covariance=WHOLE):
+    prior = Diffusion(FIELD, SHAPE, steps, covariance=covariance)
+    return InverseProblem(prior, Likelihood(operator, std))
+
+def drifts(gate=None):
+    guide = CovarianceMatching(WHOLE, tolerance=1e-6)
+    return [Gate(guide, **gate) if gate else guide, Narrowed(guide)]
+
+@pytest.mark.parametrize('steps', [1, 4, 12])
+def test_a_gaussian_posterior_is_exact_in_any_number_of_steps(steps):
+    torch.manual_seed(0)
+    p = problem(steps=steps)
+    tau = joint_paths(p, 16)
+    joint, own = paired_log_weights(p.posterior(drifts()), tau, 4)
+    assert own.std(1).max() < .03 and (joint[:, None] - own).abs().max() < .1
+    wide = paired_log_weights(p.posterior(drifts()[:1]), tau, 4)
+    assert gap(*wide)[0] > 5
+
+@pytest.mark.parametrize('operator', [EVERY, box_mask(SHAPE, 4), gaussian_blur(SHAPE, 1., 5)])
+def test_log_ratios_are_those_of_the_kernels(operator):
+    torch.manual_seed(0)
+    p = problem(operator)
+    y, posterior = p.simulate(1)[1], p.posterior(drifts())
+    tau = posterior.simulate(y, 6)
+    ratio = posterior.log_prob(tau) - p.prior.log_prob(tau)
+    torch.testing.assert_close(posterior.log_ratio(tau), ratio, rtol=1e-3, atol=2e-2)
+    torch.manual_seed(1)
+    _, total = posterior.rollout(y, 6)
+    torch.manual_seed(1)
+    again = posterior.log_ratio(posterior.simulate(y, 6))
+    torch.testing.assert_close(total, again, rtol=1e-3, atol=2e-2)
+
+def test_steps_have_the_width_that_is_said():
+    torch.manual_seed(0)
+    p = problem(box_mask(SHAPE, 4))
+    y, posterior = p.simulate(1)[1], p.posterior(drifts())
+    x = posterior.simulate(y, 1).x[2].expand(4000, -1, -1, -1)
+    kernel = posterior.kernel(x, 2, y.expand(4000, -1))
+    w = posterior.bend(x[:1], 2, y)[1]
+    assert (w.along < 1).all() and (w.along.min() < .9) and w.rest <= 1
+    z = whitened(p.prior.chain.width(2, x), kernel.sample() - kernel.mean).flatten(1)
+    found = (z.double() @ WHOLE.vectors).std(0)
+    torch.testing.assert_close(found, w.along[0], rtol=.06, atol=0)
+
+def test_weights_average_to_one_over_the_prior():
+    torch.manual_seed(0)
+    p = problem(steps=2, std=3.)
+    tau = joint_paths(p, 8000)
+    tau.y = tau.y.roll(1, 0)
+    weights = p.posterior(drifts()).log_ratio(tau).exp()
+    assert abs(weights.mean() - 1) < 5*weights.std()/8000**.5
+
+def test_the_path_form_is_the_gradient_of_the_mean_log_weight():
+    torch.manual_seed(0)
+    p = problem(box_mask(SHAPE, 4), steps=3)
+    posterior = p.posterior(drifts(dict(knots=2, value=.6)))
+    value, y = posterior.drifts[0].value, p.simulate(1)[1].expand(8, -1)
+    tau = posterior.simulate(y, 8)
+    path_form(posterior, tau)
+    x, total = tau.xT, 0.
+    for k in range(3):
+        x0_hat = p.prior.guess(x, k)
+        s, mu = p.prior.chain.width(k, x), posterior.mean(x, k, x0_hat)
+        u, w = posterior.bend(x, k, y, x0_hat)
+        eps = w.solve(whitened(s, tau.x[k+1] - mu) - u).detach()
+        z = u + w.times(eps)
+        total, x = total + tilt(z, u, w), mu + scaled(s, z)
+    (-(p.log_likelihood(x, y) - total).mean()).backward()
+    halves = value.grad/2 # the same gradient was added twice
+    value.grad = None
+    path_form(posterior, tau)
+    torch.testing.assert_close(value.grad, halves, rtol=1e-3, atol=1e-3)
+
+def test_both_forms_of_the_gradient_agree_in_mean():
+    torch.manual_seed(0)
+    p = problem(gaussian_blur(SHAPE, 1., 5), steps=3)
+    posterior = p.posterior(drifts(dict(knots=2, value=.6)))
+    value, y = posterior.drifts[0].value, p.simulate(1)[1]
+    def gradient(form, n):
+        value.grad = None
+        tau = OnPolicy(posterior, n)(y)
+        if form == 'path': path_form(posterior, tau)
+        else: path_gradient(posterior, RTB(), tau, p.log_likelihood(tau.x0, tau.y).detach())
+        return value.grad.clone()
+    path = torch.stack([gradient('path', 64) for _ in range(12)])
+    score = torch.stack([gradient('score', 256) for _ in range(24)])
+    score = score*(path.mean(0).norm()/score.mean(0).norm()) # VarGrad is a multiple of it
+    off = path.mean(0) - score.mean(0)
+    error = (path.var(0)/12 + score.var(0)/24).sqrt()
+    assert (off.abs() < 5*error + .02*path.mean(0).abs()).all()
+
+def test_pairs_and_bridges_agree_in_mean():
+    torch.manual_seed(0)
+    p = problem(steps=8)
+    posterior, bank = p.posterior(drifts(dict(value=.7))), Bank.of(p.prior, 512)
+    pairs = bank.pairs(p.likelihood, 4096)
+    plain, bridged = pair_log_ratio(posterior, pairs), bridge_log_ratio(posterior, pairs)
+    assert abs((plain - bridged).mean()) < 4*(plain - bridged).std()/64 + .01
+    assert bridged.std() < plain.std()
+
+@pytest.mark.parametrize('operator', [EVERY, box_mask(SHAPE, 4), gaussian_blur(SHAPE, 1., 5)])
+def test_what_an_operator_sees_is_what_its_matrix_says(operator):
+    along, rest = seen_of(operator, WHOLE.vectors)
+    A = operator.matrix().double()
+    torch.testing.assert_close(along[0], (A @ WHOLE.vectors).square().sum(0), rtol=1e-4, atol=1e-5)
+    other = (A @ FIELD.vectors[:, :1].double()).square().sum()
+    torch.testing.assert_close(rest[0, 0], other, rtol=1e-2, atol=1e-3)
+
+def lenses():
+    torch.manual_seed(0)
+    covariance = Covariance.of(torch.randn(60, 1, 16, 16) + torch.randn(60, 1, 1, 1), 8)
+    prior = Diffusion(gaussian_field(16, .5, 1.5, Cosine(.5)), (1, 16, 16), 3,
+                      covariance=covariance)
+    return covariance, prior, LensBank(LensFamily(16), 3)
+
+def test_lenses_of_one_batch_are_each_seen_by_themselves():
+    covariance, prior, bank = lenses()
+    together = LensBatches(bank, 3)()
+    guide = CovarianceMatching(covariance)
+    many = InverseProblem(prior, together)
+    tau = joint_paths(many, 6)
+    ratio = many.posterior([guide, Narrowed(guide)]).log_ratio(tau)
+    matrices = together.operator
+    for i in range(3):
+        alone = InverseProblem(prior, Likelihood(matrices[torch.tensor([i])], 1.))
+        own = alone.posterior([guide, Narrowed(guide)]).log_ratio(tau[2*i:2*i+2])
+        torch.testing.assert_close(own, ratio[2*i:2*i+2], rtol=1e-3, atol=2e-2)
+
+def test_recipes_trainers_and_files(tmp_path):
+    covariance, prior, bank = lenses()
+    save_covariance(covariance, tmp_path/'a.covariance.safetensors')
+    recipe = dict(width=16, depth=1, narrowed=True, guide=dict(
+        name='CovarianceMatching', covariance=str(tmp_path/'a.covariance.safetensors')))
+    rough = family_drifts(InverseProblem(prior, bank()), **recipe)[2].guide.covariance
+    prior = Diffusion(prior.denoiser, prior.shape, 3, covariance=rough) # rounded in its file
+    family = InverseProblem(prior, Family(LensBatches(bank, 2)))
+    q = family.posterior(family_drifts(family, **recipe))
+    joint = Bank.of(prior, 8)
+    trainer = MaximumLikelihood(q, joint, pairs=4).fit(None, 2, log=str)
+    trainer = GapTrainer(trainer.averaged, joint, 2, measurements=2, pairs=4).fit(None, 2, log=str)
+    one = InverseProblem(prior, Likelihood(Lens(16), .05))
+    q = trainer.averaged.under(one)
+    y = one.simulate(1)[1]
+    for kind in (Trainer, PathTrainer): kind(copy.deepcopy(q), OnPolicy(q, 2)).fit(y, 1, log=str)
+    save_posterior(q, tmp_path/'a.posterior.safetensors', recipe, {})
+    again, tau = load_posterior(tmp_path/'a.posterior.safetensors', one), q.simulate(y, 3)
+    assert again.narrows
+    torch.testing.assert_close(again.log_ratio(tau), q.log_ratio(tau), rtol=1e-3, atol=1e-2)
+
+class Half(Narrowing):
+    def width(self, step):
+        one = torch.ones(1, 1).double()
+        return Spread(WHOLE.vectors, .5*one.expand(1, 63), .5*one)
+
+def test_a_narrowing_is_a_drift_like_any_other():
+    torch.manual_seed(0)
+    p = problem(covariance=None) # white steps have a width, too
+    posterior = Posterior(p.prior, [Half()])
+    tau = posterior.simulate(None, 400)
+    lost = 5*64*((.25 - 1)/2 + torch.tensor(2.).log())
+    assert abs(posterior.log_ratio(tau).mean() - lost) < 4*posterior.log_ratio(tau).std()/20
+    assert 'Half' in repr(posterior) and posterior.narrows and not p.posterior([]).narrows
+    with torch.inference_mode(): posterior.sample(None, 2)
+
+@pytest.mark.parametrize('wrong, says', [
+    (lambda: Narrowed(MomentMatching()), 'give the CovarianceMatching beside it, got Moment'),
+    (lambda: problem().posterior([Half(), Half()]), 'give one Narrowing, not several'),
+    (lambda: problem().posterior([Half()]).given(torch.zeros(1, 64)), 'is no prior for the next'),
+    (lambda: problem(covariance=None).posterior(drifts()).sample(torch.zeros(1, 64), 1),
+     'the steps of this chain are of white noise'),
+    (lambda: problem(torch.sin).posterior([drifts()[1]]).sample(torch.zeros(1, *SHAPE), 1),
+     'needs a linear operator'),
+    (lambda: problem(covariance=Covariance.of(torch.randn(99, *SHAPE), 63)).posterior(drifts()
+        ).sample(torch.zeros(1, 64), 1), 'do not have the same components'),
+    (lambda: prior_of('a.posterior.safetensors'), None)])
+def test_what_cannot_be_is_refused(wrong, says):
+    with pytest.raises(ValueError if says else FileNotFoundError, match=says): wrong()
+
+@pytest.mark.parametrize('name', ['lensed-sources-32', 'holed-mnist-32'])
+def test_the_prior_of_a_posterior_is_the_one_it_asks_for(name):
+    prior = prior_of(name)
+    like = Likelihood(Lens(32) if 'lens' in name else box_mask((1, 32, 32), 16), .05)
+    posterior = load_posterior(name, InverseProblem(prior, like))
+    assert posterior.card['chain']['steps'] == prior.steps
