@@ -17,7 +17,7 @@ from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tens
 from .covariance import whitened
 from .diffusion import Diffusion, Trajectories
 from .likelihood import InverseProblem, Likelihood, together, whole_batch
-from .posterior import Posterior, tilt
+from .posterior import Posterior, gaussian_log_ratio
 from .schedule import check_whole
 from .train import Trainer
 
@@ -131,7 +131,7 @@ def pair_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats
     x, k = pairs.x, pairs.k
     u, narrow = posterior.bend(x, k, pairs.y, pairs.x0_hat)
     mean, std = posterior.mean(x, k, pairs.x0_hat), posterior.chain.width(k, x)
-    return tilt(whitened(std, pairs.following - mean), u, narrow)
+    return gaussian_log_ratio(whitened(std, pairs.following - mean), u, narrow)
 
 # %% ../nbs/14a_amortise.ipynb #6c4e92c4
 def bridge_step(posterior:Posterior, pairs:Pairs) -> Tensor: # (B, ...)
@@ -151,7 +151,7 @@ def _bridge_noise(posterior, pairs, narrow) -> Tensor: # (B,)
 def bridge_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats
     "`pair_log_ratio` with the mean of the step in place of the step: as large, less noisy"
     u, narrow = posterior.bend(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
-    log_ratio = tilt(bridge_step(posterior, pairs), u, narrow)
+    log_ratio = gaussian_log_ratio(bridge_step(posterior, pairs), u, narrow)
     return log_ratio if narrow is None else log_ratio + _bridge_noise(posterior, pairs, narrow)
 
 # %% ../nbs/14a_amortise.ipynb #ead0fcbb

@@ -6,48 +6,91 @@
 __all__ = ['CovarianceMatching']
 
 # %% ../nbs/10d_correlated.ipynb #2630e6bb
+import weakref
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .covariance import Covariance, Spread
-from .guidance import Guidance
-from .matching import _conjugate_gradients, _linear
+from .denoise import bcast
+from .guidance import Guidance, weighed_residual
+from .matching import _linear
 from .posterior import Step
-from .schedule import check_number, check_whole
 
 # %% ../nbs/10d_correlated.ipynb #424b4c32
-class _Solve(torch.autograd.Function):
-    "S^-1 v for a fixed symmetric S, given as a function that solves with it"
-    @staticmethod
-    def forward(ctx, v, solve):
-        ctx.solve = solve
-        return solve(v)
-    @staticmethod
-    def backward(ctx, g): return ctx.solve(g), None
-
-# %% ../nbs/10d_correlated.ipynb #fde28bb5
 class CovarianceMatching(Guidance):
     "Moment matching with the data's covariance: exact for a Gaussian prior that has it"
-    def __init__(self, covariance:Covariance,
-        sweeps=60, # of conjugate gradients, at most
-        tolerance=1e-3 # of the residual's norm, each sample's by itself
-        ):
+    def __init__(self, covariance:Covariance):
         super().__init__()
-        self.covariance, self.sweeps = covariance, check_whole('sweeps', sweeps)
-        self.tolerance = check_number('tolerance', tolerance, '(0, 1)')
+        self.covariance, self._kept = covariance, weakref.WeakKeyDictionary()
+    def __getstate__(self): return {**self.__dict__, '_kept': None} # a copy makes its own
+    def __setstate__(self, state):
+        super().__setstate__({**state, '_kept': weakref.WeakKeyDictionary()})
     def error(self, step:Step) -> Spread: # a covariance
         "What the guess of the end leaves unknown"
         shape = self.covariance.shape
         if tuple(step.x.shape[1:]) != shape:
             raise ValueError(f'this covariance is of events {shape}, the images are '
                 f'{tuple(step.x.shape[1:])}: make one with Covariance.of(samples)')
-        self.guessing(step)
-        level = step.alpha, step.noise_of_end(), step.error_of_end(), step.end**2
-        return Spread(self.covariance.vectors, *self.covariance.unknown(*level))
-    def move(self, step:Step) -> Tensor: # (B, ...) in the data's units
-        "How far the measurement moves the guess of the end"
-        (y, likelihood), C = self.measured(step), self.error(step)
-        op, b = likelihood.operator, likelihood.noise_std**2
-        times = lambda v: _linear(op, C.times(op.adjoint(v))) + b*v
-        solve = lambda v: _conjugate_gradients(times, v, self.sweeps, self.tolerance)
-        return C.times(op.adjoint(_Solve.apply(y - op(step.guess_of_end()), solve)))
+        error = self.guessing(step).error(step.t)
+        along, rest = self.covariance.unknown(step.alpha, step.sigma**2, error)
+        share, end = (v.to(along).reshape(-1, 1) for v in (
+            step.noise_of_end()/step.sigma**2, step.noise_of_end()/step.sigma**2*step.end**2))
+        return Spread(self.covariance.vectors, share**2*along + end, share**2*rest + end)
     def forward(self, step): return step.end_as_drift(self.move(step))
+
+# %% ../nbs/10d_correlated.ipynb #fde28bb5
+@patch
+@torch.no_grad()
+def seen(self:CovarianceMatching, op, # linear
+    like:Tensor) -> Tensor: # A v of every component, (operators*r, *out_shape)
+    "The components as an operator sees them, asked once"
+    if op not in self._kept:
+        events = self.covariance.vectors.T.to(like).reshape(-1, *op.in_shape)
+        events = events.repeat(getattr(op, 'members', 1), *[1]*len(op.in_shape))
+        self._kept[op] = dict(seen=_linear(op, events), b=None)
+    return self._kept[op]['seen'].to(like)
+
+@patch
+@torch.no_grad()
+def measured_components(self:CovarianceMatching, op, b, # variance of the noise
+    along:Tensor, rest:float, # variances of a level (r,)
+    like:Tensor) -> tuple: # (operators, r, r); (operators, r): float64 where the device has it
+    "Covariance of measured coefficients; what share of each component's variance is gone"
+    seen, r = self.seen(op, like), len(along)
+    kept = self._kept[op]
+    if kept['b'] != b: kept |= dict(b=b, levels={})
+    if rest not in kept['levels']:
+        V, W = (v.flatten(1).unflatten(0, (-1, r)) for v in (seen, op.gram_solve(seen, rest, b)))
+        P, D, one = (V @ W.mT).to(along), along - rest, torch.eye(r).to(along)
+        left = torch.linalg.solve(one + D[:, None]*P, D.diag().expand_as(P))
+        gone = along*torch.linalg.solve(one + P*D, P).diagonal(dim1=1, dim2=2)
+        kept['levels'][rest] = left, gone
+    return kept['levels'][rest]
+
+@patch
+def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: # (B or 1, ...)
+    "`measured_components` for the level and the operator of every sample"
+    likelihood, n = step.likelihood, len(step.x)
+    rests, which = C.rest[:, 0].unique(return_inverse=True)
+    first = [int((which == i).nonzero()[0]) for i in range(len(rests))]
+    own = likelihood.operator, likelihood.noise_std**2
+    found = torch.stack([self.measured_components(*own, C.along[i], C.rest[i].item(), step.x)[part]
+                         for i in first]) # (levels, operators, ...)
+    if found.shape[:2] == (1, 1): return found[0]
+    members = found.shape[1]
+    owner = torch.arange(members, device=step.x.device).repeat_interleave(n//members)
+    return found[which.expand(n), owner]
+
+# %% ../nbs/10d_correlated.ipynb #dc083613
+@patch
+def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's units
+    "How far the measurement moves the guess of the end"
+    (y, likelihood), C = self.measured(step), self.error(step)
+    op, std = likelihood.operator, likelihood.noise_std
+    rest = C.rest[:, 0].to(step.x) if len(C.rest) > 1 else C.rest.item()
+    def told(v): return weighed_residual(op, v, rest, std)
+    residual = y - op(step.guess_of_end())
+    V, left = C.vectors.to(step.x), self.of_each(step, C, 0).to(step.x)
+    c = (left @ (told(residual).flatten(1) @ V)[..., None])[..., 0]
+    shared = (c @ V.T).reshape(step.x.shape)
+    return shared + bcast(torch.as_tensor(rest), step.x)*told(residual - _linear(op, shared))

@@ -71,13 +71,11 @@ class Covariance(Bookkeeping):
 # %% ../nbs/02a_covariance.ipynb #702a77e4
 @patch
 def unknown(self:Covariance, alpha, sigma2, # of the level: signal, and variance of the noise
-    error=None, # mean error per pixel, if it is known; all three numbers, or B of them
-    extra=0. # variance of white noise that counts as data
+    error=None # mean error per pixel, if it is known; all three numbers, or B of them
     ) -> tuple: # variances along the components (B, r) and of the rest (B, 1), float64
     "Variances of data seen through noise"
     alpha, sigma2 = (torch.as_tensor(v).to(self.values).reshape(-1, 1) for v in (alpha, sigma2))
-    values, rest = self.values + extra, self.rest + extra
-    along, rest = (sigma2*v/(sigma2 + alpha**2*v) for v in (values, rest))
+    along, rest = (sigma2*v/(sigma2 + alpha**2*v) for v in (self.values, self.rest))
     if error is None: return along, rest
     scale = torch.as_tensor(error).to(along).reshape(-1, 1)/self.mean(along, rest)
     return along*scale, rest*scale
@@ -109,14 +107,16 @@ class Spread:
     def map(self, fn, *others # numbers, tensors shaped to multiply images, or `Spread`s
         ) -> 'Spread':
         "The matrix whose eigenvalues are `fn` of this one's and of those of the others"
-        return Spread(self.vectors, *(fn(own, *(self._eigenvalues(o, part) for o in others))
+        return Spread(self.vectors, *(
+            fn(own, *(self._eigenvalues(other, part) for other in others))
             for part, own in (('along', self.along), ('rest', self.rest))))
     def _eigenvalues(self, other, part):
-        if not isinstance(other, Spread): return torch.as_tensor(other).reshape(-1, 1)
-        if other.vectors is self.vectors or torch.equal(other.vectors, self.vectors):
-            return getattr(other, part)
-        raise ValueError('two covariances do not have the same components: make the chain and '
-            'what narrows its steps with one of them')
+        if isinstance(other, Tensor): return other.to(self.along).reshape(-1, 1)
+        if not isinstance(other, Spread): return other
+        V, own = other.vectors, self.vectors
+        if V is own or V.device == own.device and torch.equal(V, own): return getattr(other, part)
+        raise ValueError('two covariances do not have the same components, or not on one device: '
+            'make the chain and its drifts with one of them, and move them together')
 
 def scaled(std, # a standard deviation that multiplies images, or a `Spread`
     v:Tensor, # (B, ...)

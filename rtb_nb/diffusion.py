@@ -352,7 +352,9 @@ def squared_residuals(self:Diffusion, tau:Trajectories
     square = lambda std, x, q: whitened(std, x - q.mean).square().mean()
     back = [square(self.chain.at('b', k, x), tau.x[k], self.noise(x, k))
             for k, x in enumerate(tau.x[1:])]
-    ahead = [square(self.chain.width(k, tau.x[k]), tau.x[k+1], kernel)
+    def width(k, kernel): # a posterior's may be narrower than the chain's
+        return kernel.spread if isinstance(kernel, Correlated) else self.chain.width(k, tau.x[k])
+    ahead = [square(width(k, kernel), tau.x[k+1], kernel)
              for k, kernel in enumerate(self.kernels(tau))]
     return torch.stack(back), torch.stack(ahead)
 

@@ -183,6 +183,8 @@ class BestDrift(Drift):
 def shortfall(self:ExactChain, posterior:Posterior, n:int
     ) -> Tensor: # (n,) whose mean is the shortfall, in nats
     "How far a posterior's ELBO stays below the best at shared variance, one value per path"
+    if posterior.narrows: raise ValueError('the shortfall is that of drifts at shared width: '
+        'leave the Narrowing out')
     best, total, y = BestDrift(self), 0, repeat_y(self.y, n)
     for k, x, x0_hat, *_ in posterior.walk(n, y):
         step = posterior.step(x, k, y, x0_hat)

@@ -13,7 +13,7 @@ from .behaviours import OnPolicy
 from .covariance import scaled, whitened
 from .diffusion import Trajectories
 from .likelihood import whole_batch
-from .posterior import Posterior, gradients, tilt
+from .posterior import Posterior, gaussian_log_ratio, gradients
 from .schedule import check_whole
 from .train import Trainer
 
@@ -30,7 +30,7 @@ def _pulled_back(posterior:Posterior, tau:Trajectories, k:int,
     eps = whitened(s, tau.x[k+1] - mu) - u
     eps = (eps if narrow is None else narrow.solve(eps)).detach()
     noise = eps if narrow is None else narrow.times(eps)
-    log_ratio = tilt(u + noise, u, narrow)
+    log_ratio = gaussian_log_ratio(u + noise, u, narrow)
     (share*log_ratio.sum() + (adjoint*(mu + scaled(s, u + noise))).sum()).backward()
     return x.grad, log_ratio.detach()
 

@@ -58,6 +58,8 @@ def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is 
     "The drifts of a posterior that serves a family of operators"
     view = source_view if hasattr(problem.operator, 'adjoint') else likelihood_slope
     guide = _guide(**guide, problem=problem)
+    if narrowed and not problem.prior.chain.correlated:
+        raise ValueError('white steps are not narrowed: make the prior with covariance=...')
     drifts = image_drifts(problem, guide, view, width, depth)
     return drifts + [Narrowed(guide)] if narrowed else drifts
 
@@ -77,6 +79,9 @@ def save_posterior(posterior:Posterior, # made of `family_drifts`
     state = posterior.drifts.state_dict()
     fresh = posterior.problem.posterior(family_drifts(posterior.problem, **recipe))
     load_state(fresh.drifts, state) # refuses a recipe of other drifts
+    if fresh.narrows != posterior.narrows:
+        raise ValueError("a recipe says whether steps are narrowed, and this one's "
+            f"'narrowed' is not {posterior.narrows}")
     return save_weights(state, path, '.posterior.safetensors', card | dict(recipe=recipe),
                         belongs=_bank_belongs(posterior.prior))
 
@@ -88,14 +93,15 @@ def shipped_posteriors() -> list:
 # %% ../nbs/14c_shipped.ipynb #43411e4d
 @torch.inference_mode(False)
 def prior_of(name, # a shipped posterior, or a file that save_posterior wrote
-    device='cpu') -> Diffusion:
+    device='cpu', **changes # of the card's `chain`, such as `steps`: no longer its own then
+    ) -> Diffusion:
     "The prior of a posterior, on the chain that it was trained on"
     path = shipped_file(name, 'posterior', '.posterior.safetensors')
     card = load_tensors(path)[1]
     if not {'prior', 'chain'} <= card.keys():
         raise ValueError(f'the card of {path} does not say which chain of which prior it was '
             'trained on: load that with load_prior')
-    chain = dict(card['chain'])
+    chain = card['chain'] | changes
     spacing, covariance = Cosine(chain.pop('spacing')), chain.pop('covariance', None)
     if covariance is not None: covariance = load_covariance(covariance)
     return load_prior(card['prior'], **chain, spacing=spacing, covariance=covariance,

@@ -274,6 +274,7 @@ def belongs_to(self:Trainer, y:Tensor):
     "Refuse to go on with another run's state; remember whose state this is"
     prior, likelihood = self.problem.prior, self.problem.likelihood
     shapes = {n: list(p.shape) for n, p in self.posterior.drifts.named_parameters()}
+    if self.posterior.narrows: shapes['narrowed'] = True
     bound, log_z = self.objective.bound, self.objective.log_z
     now = fingerprint(
         prior=prior.denoiser or prior, chain=prior.chain, y=y, drifts=shapes,

@@ -96,7 +96,7 @@ def test_the_best_drift_of_a_gaussian_is_better_told_than_any_other():
     p = problem(10)
     tau = joint_paths(p, 64)
     joint = {}
-    for name, guide in dict(exact=GaussianMatching(), told=CovarianceMatching(WHOLE, 200, 1e-5),
+    for name, guide in dict(exact=GaussianMatching(), told=CovarianceMatching(WHOLE),
                             white=MomentMatching()).items():
         posterior = p.posterior([guide])
         own = posterior.draw(tau.y, 64)[2]

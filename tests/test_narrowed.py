@@ -9,22 +9,23 @@ from rtb_nb.correlated import CovarianceMatching
 from rtb_nb.covariance import Covariance, Spread, scaled, whitened
 from rtb_nb.denoise import gaussian_field
 from rtb_nb.diffusion import Diffusion
+from rtb_nb.exact import ExactChain
 from rtb_nb.families import LensBank, LensBatches, LensFamily
 from rtb_nb.gradient import GapTrainer, PathTrainer, path_form
 from rtb_nb.guidance import Gate, MomentMatching
 from rtb_nb.imaging import box_mask, gaussian_blur
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
-from rtb_nb.narrowed import Narrowed, seen_of
+from rtb_nb.narrowed import Narrowed
 from rtb_nb.objective import RTB
 from rtb_nb.operators import Mask
-from rtb_nb.posterior import Narrowing, Posterior, tilt
+from rtb_nb.posterior import Narrowing, Posterior, gaussian_log_ratio
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, load_posterior, prior_of, save_posterior
 from rtb_nb.train import Trainer, path_gradient
 
 SHAPE = 1, 8, 8
-FIELD = gaussian_field(8, .5, 1.5, Cosine(.5))
+FIELD = gaussian_field(8, .5, 2.5, Cosine(.5))
 WHOLE = Covariance(FIELD.vectors[:, 1:], FIELD.values[1:], FIELD.values[0], SHAPE)
 EVERY = Mask(torch.ones(SHAPE, dtype=torch.bool))
 
@@ -33,18 +34,18 @@ def problem(operator=EVERY, steps=5, std=.2, covariance=WHOLE):
     return InverseProblem(prior, Likelihood(operator, std))
 
 def drifts(gate=None):
-    guide = CovarianceMatching(WHOLE, tolerance=1e-6)
+    guide = CovarianceMatching(WHOLE)
     return [Gate(guide, **gate) if gate else guide, Narrowed(guide)]
 
-@pytest.mark.parametrize('steps', [1, 4, 12])
-def test_a_gaussian_posterior_is_exact_in_any_number_of_steps(steps):
+@pytest.mark.parametrize('steps, std', [(1, .2), (4, .2), (12, .2), (5, .6), (5, .1)])
+def test_a_gaussian_posterior_is_exact_in_any_number_of_steps(steps, std):
     torch.manual_seed(0)
-    p = problem(steps=steps)
+    p = problem(steps=steps, std=std)
     tau = joint_paths(p, 16)
     joint, own = paired_log_weights(p.posterior(drifts()), tau, 4)
-    assert own.std(1).max() < .03 and (joint[:, None] - own).abs().max() < .1
+    assert own.std(1).max() < .15 and (joint[:, None] - own).abs().max() < .3
     wide = paired_log_weights(p.posterior(drifts()[:1]), tau, 4)
-    assert gap(*wide)[0] > 5
+    assert gap(*wide)[0] > 300*abs(gap(joint, own)[0])
 
 @pytest.mark.parametrize('operator', [EVERY, box_mask(SHAPE, 4), gaussian_blur(SHAPE, 1., 5)])
 def test_log_ratios_are_those_of_the_kernels(operator):
@@ -67,9 +68,11 @@ def test_steps_have_the_width_that_is_said():
     x = posterior.simulate(y, 1).x[2].expand(4000, -1, -1, -1)
     kernel = posterior.kernel(x, 2, y.expand(4000, -1))
     w = posterior.bend(x[:1], 2, y)[1]
-    assert (w.along < 1).all() and (w.along.min() < .9) and w.rest <= 1
+    assert (w.along < 1).all() and w.along.min() < .9 and w.rest == 1
     z = whitened(p.prior.chain.width(2, x), kernel.sample() - kernel.mean).flatten(1)
     found = (z.double() @ WHOLE.vectors).std(0)
+    residuals = posterior.squared_residuals(posterior.simulate(y, 400))[1]
+    torch.testing.assert_close(residuals, torch.ones(5).to(residuals), atol=.03, rtol=0)
     torch.testing.assert_close(found, w.along[0], rtol=.06, atol=0)
 
 def test_weights_average_to_one_over_the_prior():
@@ -94,7 +97,7 @@ def test_the_path_form_is_the_gradient_of_the_mean_log_weight():
         u, w = posterior.bend(x, k, y, x0_hat)
         eps = w.solve(whitened(s, tau.x[k+1] - mu) - u).detach()
         z = u + w.times(eps)
-        total, x = total + tilt(z, u, w), mu + scaled(s, z)
+        total, x = total + gaussian_log_ratio(z, u, w), mu + scaled(s, z)
     (-(p.log_likelihood(x, y) - total).mean()).backward()
     halves = value.grad/2 # the same gradient was added twice
     value.grad = None
@@ -129,12 +132,16 @@ def test_pairs_and_bridges_agree_in_mean():
     assert bridged.std() < plain.std()
 
 @pytest.mark.parametrize('operator', [EVERY, box_mask(SHAPE, 4), gaussian_blur(SHAPE, 1., 5)])
-def test_what_an_operator_sees_is_what_its_matrix_says(operator):
-    along, rest = seen_of(operator, WHOLE.vectors)
-    A = operator.matrix().double()
-    torch.testing.assert_close(along[0], (A @ WHOLE.vectors).square().sum(0), rtol=1e-4, atol=1e-5)
-    other = (A @ FIELD.vectors[:, :1].double()).square().sum()
-    torch.testing.assert_close(rest[0, 0], other, rtol=1e-2, atol=1e-3)
+def test_what_is_left_of_components_is_what_dense_matrices_leave(operator):
+    p = problem(operator, 4)
+    posterior, x = p.posterior(drifts()), torch.randn(1, *SHAPE)
+    step = posterior.step(x, 2, p.simulate(1)[1], torch.zeros_like(x))
+    guide, A = posterior.drifts[0], operator.matrix().double()
+    C, V = guide.error(step), WHOLE.vectors
+    full = C.rest[0, 0]*torch.eye(64) + V @ (C.along[0] - C.rest[0, 0]).diag() @ V.T
+    gone = full @ A.T @ torch.linalg.solve(A @ full @ A.T + .04*torch.eye(len(A)), A @ full)
+    share = (V.T @ gone @ V).diag()/C.along[0]
+    torch.testing.assert_close(guide.of_each(step, C, 1)[0], share, rtol=1e-3, atol=1e-4)
 
 def lenses():
     torch.manual_seed(0)
@@ -172,13 +179,15 @@ def test_recipes_trainers_and_files(tmp_path):
     q = trainer.averaged.under(one)
     y = one.simulate(1)[1]
     for kind in (Trainer, PathTrainer): kind(copy.deepcopy(q), OnPolicy(q, 2)).fit(y, 1, log=str)
+    with pytest.raises(ValueError, match="'narrowed' is not True"):
+        save_posterior(q, tmp_path/'b.posterior.safetensors', recipe | dict(narrowed=False), {})
     save_posterior(q, tmp_path/'a.posterior.safetensors', recipe, {})
     again, tau = load_posterior(tmp_path/'a.posterior.safetensors', one), q.simulate(y, 3)
     assert again.narrows
     torch.testing.assert_close(again.log_ratio(tau), q.log_ratio(tau), rtol=1e-3, atol=1e-2)
 
 class Half(Narrowing):
-    def width(self, step):
+    def relative_width(self, step):
         one = torch.ones(1, 1).double()
         return Spread(WHOLE.vectors, .5*one.expand(1, 63), .5*one)
 
@@ -192,9 +201,17 @@ def test_a_narrowing_is_a_drift_like_any_other():
     assert 'Half' in repr(posterior) and posterior.narrows and not p.posterior([]).narrows
     with torch.inference_mode(): posterior.sample(None, 2)
 
+def shortfall():
+    p = problem(covariance=None)
+    ExactChain(p, p.simulate(1)[1]).shortfall(p.posterior([Half()]), 2)
+
 @pytest.mark.parametrize('wrong, says', [
     (lambda: Narrowed(MomentMatching()), 'give the CovarianceMatching beside it, got Moment'),
-    (lambda: problem().posterior([Half(), Half()]), 'give one Narrowing, not several'),
+    (lambda: problem().posterior([Half(), Half()]), 'give one Narrowing, by itself, got 2'),
+    (lambda: problem().posterior([Gate(Half())]), 'give one Narrowing, by itself, got 1'),
+    (lambda: family_drifts(problem(covariance=None), dict(name='MomentMatching'), narrowed=True),
+     'white steps are not narrowed'),
+    (lambda: shortfall(), 'leave the Narrowing out'),
     (lambda: problem().posterior([Half()]).given(torch.zeros(1, 64)), 'is no prior for the next'),
     (lambda: problem(covariance=None).posterior(drifts()).sample(torch.zeros(1, 64), 1),
      'the steps of this chain are of white noise'),

@@ -31,8 +31,7 @@ noise = [dict(noise_std=-1), dict(noise_std='loud')]
 rows = [dict(methods='XYZ'), dict(methods=[3]), dict(seeds=-1), dict(seeds=[.5]),
         dict(seeds='one'), dict(n_samples=4.5), dict(n_samples=-4)]
 own = dict(
-    exp_lensing=[batches, *noise, *rows, dict(alone='many'), dict(refinements=32.5),
-                 dict(steps=[20])],
+    exp_lensing=[batches, *noise, *rows, dict(alone='many'), dict(refinements=32.5)],
     exp_forms=[batches, *noise, *rows, dict(iterations='many')],
     exp_unconditional=[batches, *noise, *rows, dict(iterations='many'),
                        dict(datasets='imagenet'),
@@ -69,7 +68,7 @@ def test_one_value_is_taken_for_a_list(tmp_path):
     given = dict(tasks='deblur', measurements=2, methods='RTB')
     names = execute(opening('exp_unconditional'), tmp_path, **given)
     assert [names[k] for k in given] == [['deblur'], [2], ['RTB']]
-    assert names['datasets'] == ['mnist'] and names['seeds'] == [0]
+    assert names['datasets'] == ['mnist', 'cifar10'] and names['seeds'] == [0]
 
 def test_one_sample_has_not_diverged(tmp_path):
     "What one sample leaves undefined, such as an error, is shown as a dash"
