@@ -60,7 +60,8 @@ def measured_components(self:CovarianceMatching, op, b, # variance of the noise
     kept = self._kept[op]
     if kept['b'] != b: kept |= dict(b=b, levels={})
     if rest not in kept['levels']:
-        V, W = (v.flatten(1).unflatten(0, (-1, r)) for v in (seen, op.gram_solve(seen, rest, b)))
+        known = op.gram_solve(seen, rest, b)
+        V, W = (v.flatten(1).unflatten(0, (-1, r)) for v in (seen, known))
         P, D, one = (V @ W.mT).to(along), along - rest, torch.eye(r).to(along)
         left = torch.linalg.solve(one + D[:, None]*P, D.diag().expand_as(P))
         gone = along*torch.linalg.solve(one + P*D, P).diagonal(dim1=1, dim2=2)
@@ -74,8 +75,9 @@ def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: #
     rests, which = C.rest[:, 0].unique(return_inverse=True)
     first = [int((which == i).nonzero()[0]) for i in range(len(rests))]
     own = likelihood.operator, likelihood.noise_std**2
-    found = torch.stack([self.measured_components(*own, C.along[i], C.rest[i].item(), step.x)[part]
-                         for i in first]) # (levels, operators, ...)
+    levels = [self.measured_components(*own, C.along[i], C.rest[i].item(), step.x)
+              for i in first]
+    found = torch.stack([level[part] for level in levels]) # (levels, operators, ...)
     if found.shape[:2] == (1, 1): return found[0]
     members = found.shape[1]
     owner = torch.arange(members, device=step.x.device).repeat_interleave(n//members)

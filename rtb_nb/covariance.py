@@ -114,9 +114,10 @@ class Spread:
         if isinstance(other, Tensor): return other.to(self.along).reshape(-1, 1)
         if not isinstance(other, Spread): return other
         V, own = other.vectors, self.vectors
-        if V is own or V.device == own.device and torch.equal(V, own): return getattr(other, part)
-        raise ValueError('two covariances do not have the same components, or not on one device: '
-            'make the chain and its drifts with one of them, and move them together')
+        if V is own or V.device == own.device and torch.equal(V, own):
+            return getattr(other, part)
+        raise ValueError('two covariances do not have the same components, or not on one '
+            'device: make the chain and its drifts with one of them, and move them together')
 
 def scaled(std, # a standard deviation that multiplies images, or a `Spread`
     v:Tensor, # (B, ...)

@@ -353,7 +353,8 @@ def squared_residuals(self:Diffusion, tau:Trajectories
     back = [square(self.chain.at('b', k, x), tau.x[k], self.noise(x, k))
             for k, x in enumerate(tau.x[1:])]
     def width(k, kernel): # a posterior's may be narrower than the chain's
-        return kernel.spread if isinstance(kernel, Correlated) else self.chain.width(k, tau.x[k])
+        if isinstance(kernel, Correlated): return kernel.spread
+        return self.chain.width(k, tau.x[k])
     ahead = [square(width(k, kernel), tau.x[k+1], kernel)
              for k, kernel in enumerate(self.kernels(tau))]
     return torch.stack(back), torch.stack(ahead)

@@ -14,7 +14,7 @@ from .posterior import Narrowing, Step
 # %% ../nbs/10e_narrowed.ipynb #81311d03
 class Narrowed(Narrowing):
     "Steps as narrow as what a measurement leaves of the data's components"
-    def __init__(self, guide:CovarianceMatching # its covariance, and what its guess leaves unknown
+    def __init__(self, guide:CovarianceMatching # which knows what is left of components
         ):
         super().__init__()
         if not isinstance(guide, CovarianceMatching):
@@ -24,8 +24,8 @@ class Narrowed(Narrowing):
     @torch.no_grad()
     def relative_width(self, step:Step) -> Spread:
         if not isinstance(step.std, Spread):
-            raise ValueError('the steps of this chain are of white noise, and too narrow already '
-                'where its guess is uncertain: make the prior with covariance=...')
+            raise ValueError('the steps of this chain are of white noise, and too narrow '
+                'already where its guess is uncertain: make the prior with covariance=...')
         self.guide.measured(step)
         C = self.guide.error(step)
         share = self.guide.of_each(step, C, 1)

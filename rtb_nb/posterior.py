@@ -53,11 +53,12 @@ class Narrowing(Drift):
     "How much narrower a posterior's step is than the prior's; it moves nothing"
     def forward(self, step:Step) -> Tensor: return torch.zeros_like(step.x)
     def relative_width(self, step:Step) -> Spread: # W, positive: the noise becomes s W eps
-        raise NotImplementedError(f'{type(self).__name__} must define relative_width(step) -> W')
+        name = type(self).__name__
+        raise NotImplementedError(f'{name} must define relative_width(step) -> W')
 
 # %% ../nbs/03a_posterior.ipynb #fc10d547
 class Posterior(Diffusion):
-    "The prior bent by a list of drifts: its start, and its steps moved, and narrower if one says so"
+    "The prior bent by drifts: its start, and its steps, moved, and narrower if one says so"
     def __init__(self, prior:Diffusion, # stays as it is: its parameters are frozen
         drifts:list, likelihood=None # how its measurements are made, for drifts that look
         ):

@@ -274,14 +274,13 @@ def belongs_to(self:Trainer, y:Tensor):
     "Refuse to go on with another run's state; remember whose state this is"
     prior, likelihood = self.problem.prior, self.problem.likelihood
     shapes = {n: list(p.shape) for n, p in self.posterior.drifts.named_parameters()}
-    if self.posterior.narrows: shapes['narrowed'] = True
     bound, log_z = self.objective.bound, self.objective.log_z
     now = fingerprint(
         prior=prior.denoiser or prior, chain=prior.chain, y=y, drifts=shapes,
         **likelihood.identity,
         objective=[type(log_z).__name__, self.objective.dead_zone, type(bound).__name__,
                    getattr(bound, 'bound', None)],
-        settings=[self.updates, self.fraction, self.clip])
+        settings=[self.updates, self.fraction, self.clip] + ['narrowed']*self.posterior.narrows)
     if not self.step: self.trained_for = now
     elif self.trained_for.get('y') != now['y']:
         raise ValueError(f'{self.path or "this trainer"} was trained on another y: make a new '

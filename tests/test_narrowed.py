@@ -174,11 +174,14 @@ def test_recipes_trainers_and_files(tmp_path):
     q = family.posterior(family_drifts(family, **recipe))
     joint = Bank.of(prior, 8)
     trainer = MaximumLikelihood(q, joint, pairs=4).fit(None, 2, log=str)
-    trainer = GapTrainer(trainer.averaged, joint, 2, measurements=2, pairs=4).fit(None, 2, log=str)
+    trainer = GapTrainer(trainer.averaged, joint, 2, measurements=2, pairs=4)
+    trainer.fit(None, 2, log=str)
     one = InverseProblem(prior, Likelihood(Lens(16), .05))
     q = trainer.averaged.under(one)
     y = one.simulate(1)[1]
-    for kind in (Trainer, PathTrainer): kind(copy.deepcopy(q), OnPolicy(q, 2)).fit(y, 1, log=str)
+    for kind in (Trainer, PathTrainer):
+        own = copy.deepcopy(q)
+        kind(own, OnPolicy(own, 2)).fit(y, 1, log=str)
     with pytest.raises(ValueError, match="'narrowed' is not True"):
         save_posterior(q, tmp_path/'b.posterior.safetensors', recipe | dict(narrowed=False), {})
     save_posterior(q, tmp_path/'a.posterior.safetensors', recipe, {})
@@ -209,10 +212,10 @@ def shortfall():
     (lambda: Narrowed(MomentMatching()), 'give the CovarianceMatching beside it, got Moment'),
     (lambda: problem().posterior([Half(), Half()]), 'give one Narrowing, by itself, got 2'),
     (lambda: problem().posterior([Gate(Half())]), 'give one Narrowing, by itself, got 1'),
-    (lambda: family_drifts(problem(covariance=None), dict(name='MomentMatching'), narrowed=True),
-     'white steps are not narrowed'),
+    (lambda: family_drifts(problem(covariance=None), guide=dict(name='MomentMatching'),
+                           narrowed=True), 'white steps are not narrowed'),
     (lambda: shortfall(), 'leave the Narrowing out'),
-    (lambda: problem().posterior([Half()]).given(torch.zeros(1, 64)), 'is no prior for the next'),
+    (lambda: problem().posterior([Half()]).given(torch.zeros(1, 64)), 'is no prior for the'),
     (lambda: problem(covariance=None).posterior(drifts()).sample(torch.zeros(1, 64), 1),
      'the steps of this chain are of white noise'),
     (lambda: problem(torch.sin).posterior([drifts()[1]]).sample(torch.zeros(1, *SHAPE), 1),
