@@ -68,7 +68,7 @@ def test_one_value_is_taken_for_a_list(tmp_path):
     given = dict(tasks='deblur', measurements=2, methods='RTB')
     names = execute(opening('exp_unconditional'), tmp_path, **given)
     assert [names[k] for k in given] == [['deblur'], [2], ['RTB']]
-    assert names['datasets'] == ['mnist', 'cifar10'] and names['seeds'] == [0]
+    assert names['datasets'] == ['mnist'] and names['seeds'] == [0]
 
 def test_one_sample_has_not_diverged(tmp_path):
     "What one sample leaves undefined, such as an error, is shown as a dash"
