@@ -4,6 +4,7 @@ import pytest, torch
 from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.beds import small_lens
 from rtb_nb.checkpoints import load_tensors, shipped_file
+from rtb_nb.components import load_covariance
 from rtb_nb.families import LensBank, LensFamily
 from rtb_nb.imaging import block_average, motion_kernel
 from rtb_nb.lensing import Lens
