@@ -6,13 +6,12 @@
 __all__ = ['CovarianceMatching']
 
 # %% ../nbs/10d_correlated.ipynb #2630e6bb
-import weakref
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .covariance import Covariance, Spread
 from .denoise import bcast
-from .guidance import Guidance, weighed_residual
+from .guidance import Guidance, Kept, weighed_residual
 from .matching import _linear
 from .posterior import Step
 
@@ -21,10 +20,7 @@ class CovarianceMatching(Guidance):
     "Moment matching with the data's covariance: exact for a Gaussian prior that has it"
     def __init__(self, covariance:Covariance):
         super().__init__()
-        self.covariance, self._kept = covariance, weakref.WeakKeyDictionary()
-    def __getstate__(self): return {**self.__dict__, '_kept': None} # a copy makes its own
-    def __setstate__(self, state):
-        super().__setstate__({**state, '_kept': weakref.WeakKeyDictionary()})
+        self.covariance, self._kept = covariance, Kept()
     def error(self, step:Step) -> Spread: # a covariance
         "What the guess of the end leaves unknown"
         shape = self.covariance.shape

@@ -106,6 +106,12 @@ def error_of_end(self:Step,
     return (s2/self.sigma**2)**2*error + end*s2/self.sigma**2
 
 # %% ../nbs/10_guidance.ipynb #00054a8a
+class Kept(weakref.WeakKeyDictionary):
+    "What was computed of an object, as long as that lives; a copy begins empty"
+    def __deepcopy__(self, memo): return Kept()
+    def __reduce__(self): return Kept, ()
+
+# %% ../nbs/10_guidance.ipynb #ab65c8b6
 class GaussianMatching(Guidance):
     "The exact E[x[K] | x_t, y] of a Gaussian prior and a linear operator"
     def __init__(self,
@@ -115,10 +121,7 @@ class GaussianMatching(Guidance):
         if not isinstance(denoiser, GaussianDenoiser|None):
             raise ValueError('GaussianMatching needs a GaussianDenoiser, '
                 f'got {type(denoiser).__name__}')
-        self.denoiser, self.gains = denoiser, weakref.WeakKeyDictionary()
-    def __getstate__(self): return {**self.__dict__, 'gains': None} # a copy makes its own
-    def __setstate__(self, state):
-        super().__setstate__({**state, 'gains': weakref.WeakKeyDictionary()})
+        self.denoiser, self.gains = denoiser, Kept()
     def forward(self, step): return step.end_as_drift(self.move(step))
 
 # %% ../nbs/10_guidance.ipynb #1a89e70d

@@ -15,9 +15,11 @@ from rtb_nb.families import LensBank, LensBatches, LensFamily, Matrices
 from rtb_nb.gradient import path_form
 from rtb_nb.guidance import CLA, DPS, Gate, GaussianMatching, GuideShift, MomentMatching
 from rtb_nb.hybrids import DPSScore
-from rtb_nb.imaging import gaussian_blur
+from rtb_nb.imaging import box_mask, gaussian_blur
 from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.narrowed import Narrowed
 from rtb_nb.objective import RTB
+from rtb_nb.operators import Mask
 from rtb_nb.particles import twisted
 from rtb_nb.priors import load_prior
 from rtb_nb.schedule import Cosine
@@ -31,8 +33,10 @@ WHOLE = Covariance(FIELD.vectors[:, 1:], FIELD.values[1:], FIELD.values[0], SHAP
 def prior(steps=6, covariance=WHOLE):
     return Diffusion(FIELD, SHAPE, steps, covariance=covariance)
 
-def problem(steps=6, covariance=WHOLE):
-    return InverseProblem(prior(steps, covariance), Likelihood(gaussian_blur(SHAPE, 1., 5), .2))
+BLUR, EVERY = gaussian_blur(SHAPE, 1., 5), Mask(torch.ones(SHAPE, dtype=torch.bool))
+
+def problem(steps=6, covariance=WHOLE, operator=BLUR):
+    return InverseProblem(prior(steps, covariance), Likelihood(operator, .2))
 
 @pytest.mark.parametrize('steps', [1, 3, 12])
 def test_the_end_of_a_gaussian_chain_is_exact_in_any_number_of_steps(steps):
@@ -67,12 +71,18 @@ def test_the_mean_variance_of_a_step_is_the_white_one():
     mean = WHOLE.mean(p.chain.along**2, p.chain.rest**2)[:, 0]
     torch.testing.assert_close(mean, white.chain.std**2, rtol=1e-4, atol=0)
 
-@pytest.mark.parametrize('drift', [MomentMatching(), CovarianceMatching(WHOLE), CLA(), DPS(.3),
-                                   DPSScore()], ids=lambda d: type(d).__name__)
-def test_log_ratios_are_those_of_the_kernels(drift):
+def narrowed():
+    guide = CovarianceMatching(WHOLE)
+    return [guide, Narrowed(guide)]
+
+@pytest.mark.parametrize('drifts, operator', [
+    *(([drift], BLUR) for drift in (MomentMatching(), CovarianceMatching(WHOLE), CLA(), DPS(.3),
+                                    DPSScore())),
+    *((narrowed(), operator) for operator in (BLUR, EVERY, box_mask(SHAPE, 4)))])
+def test_log_ratios_are_those_of_the_kernels(drifts, operator):
     torch.manual_seed(0)
-    p = problem()
-    y, posterior = p.simulate(1)[1], p.posterior([drift])
+    p = problem(operator=operator)
+    y, posterior = p.simulate(1)[1], p.posterior(drifts)
     tau = posterior.simulate(y, 6)
     ratio = posterior.log_prob(tau) - p.prior.log_prob(tau)
     torch.testing.assert_close(posterior.log_ratio(tau), ratio, rtol=1e-3, atol=2e-2)
@@ -104,10 +114,12 @@ def test_the_best_drift_of_a_gaussian_is_better_told_than_any_other():
     assert abs(joint['exact'] - joint['told']) < .05*joint['exact'] + .1
     assert joint['white'] > joint['told']
 
-def test_both_forms_of_the_gradient_agree_in_mean():
+@pytest.mark.parametrize('narrowed', [False, True])
+def test_both_forms_of_the_gradient_agree_in_mean(narrowed):
     torch.manual_seed(0)
-    p = problem(3)
-    posterior = p.posterior([Gate(CovarianceMatching(WHOLE), knots=2, value=.6)])
+    p, guide = problem(3), CovarianceMatching(WHOLE)
+    drifts = [Gate(guide, knots=2, value=.6)] + [Narrowed(guide)]*narrowed
+    posterior = p.posterior(drifts)
     value = posterior.drifts[0].value
     y = p.simulate(1)[1]
     def gradient(form, n):
