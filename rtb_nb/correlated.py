@@ -80,15 +80,25 @@ def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: #
     return found[which.expand(n), owner]
 
 # %% ../nbs/10d_correlated.ipynb #dc083613
+def _rest(C:Spread, like): # a number, or one per sample, as operators solve with
+    return C.rest[:, 0].to(like) if len(C.rest) > 1 else C.rest.item()
+
+@patch
+def shared(self:CovarianceMatching, step:Step, C:Spread, # of `error`
+    left:Tensor, # of each sample, from `of_each` (B or 1, r, r)
+    residual:Tensor) -> Tensor: # (B, ...) of `x`
+    "What of a residual is the components' part, as they are in the image"
+    op, rest, std = step.likelihood.operator, _rest(C, step.x), step.likelihood.noise_std
+    V = C.vectors.to(step.x)
+    c = left.to(V) @ (weighed_residual(op, residual, rest, std).flatten(1) @ V)[..., None]
+    return (c[..., 0] @ V.T).reshape(step.x.shape)
+
 @patch
 def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's units
     "How far the measurement moves the guess of the end"
     (y, likelihood), C = self.measured(step), self.error(step)
-    op, std = likelihood.operator, likelihood.noise_std
-    rest = C.rest[:, 0].to(step.x) if len(C.rest) > 1 else C.rest.item()
-    def told(v): return weighed_residual(op, v, rest, std)
+    op, rest = likelihood.operator, _rest(C, step.x)
     residual = y - op(step.guess_of_end())
-    V, left = C.vectors.to(step.x), self.of_each(step, C, 0).to(step.x)
-    c = (left @ (told(residual).flatten(1) @ V)[..., None])[..., 0]
-    shared = (c @ V.T).reshape(step.x.shape)
-    return shared + bcast(torch.as_tensor(rest), step.x)*told(residual - _linear(op, shared))
+    shared = self.shared(step, C, self.of_each(step, C, 0), residual)
+    left = weighed_residual(op, residual - _linear(op, shared), rest, likelihood.noise_std)
+    return shared + bcast(torch.as_tensor(rest), step.x)*left

@@ -104,6 +104,10 @@ class Spread:
     def trace(self) -> Tensor: # (B,) or (1,)
         D, r = self.vectors.shape
         return self.along.sum(1) + (D-r)*self.rest[:, 0]
+    def diagonal(self, like:Tensor) -> Tensor: # (B or 1, D), as `like`
+        "Its entries on the diagonal, of every pixel"
+        V, along, rest = (v.to(like) for v in (self.vectors, self.along, self.rest))
+        return rest + (along - rest) @ (V**2).T
     def map(self, fn, *others # numbers, tensors shaped to multiply images, or `Spread`s
         ) -> 'Spread':
         "The matrix whose eigenvalues are `fn` of this one's and of those of the others"
@@ -146,10 +150,8 @@ class Correlated(Distribution):
     def mean(self): return self._mean
     @property
     def variance(self): # of every entry
-        V, (along, rest) = self.spread.vectors.to(self._mean), (
-            v.to(self._mean)**2 for v in (self.spread.along, self.spread.rest))
-        return (rest + (along - rest) @ (V**2).T).reshape(-1, *self.event_shape).expand_as(
-            self._mean)
+        own = self.spread.map(torch.square).diagonal(self._mean)
+        return own.reshape(-1, *self.event_shape).expand_as(self._mean)
     def rsample(self, shape=()):
         if shape: raise ValueError('Correlated draws one event of each sample: repeat its mean')
         return self._mean + self.spread.times(torch.randn_like(self._mean))

@@ -27,12 +27,14 @@ def _dot(u, v): return (u*v).flatten(1).sum(1).reshape(-1, *[1]*(u.ndim-1))
 
 def _conjugate_gradients(times, v, # a product with a positive matrix, and (B, ...)
     sweeps, tolerance,
-    least=0. # of p S p/|p|^2: a sample stops where its matrix is less positive than this
+    least=0., # of p S p/|p|^2: a sample stops where its matrix is less positive than this
+    near=None # solves with a positive matrix that is near this one, if there is such
     ) -> Tensor: # (B, ...)
     "Solve with the matrix, each sample for itself, to a share of its own residual"
-    u, r, p, square = torch.zeros_like(v), v, v, _dot(v, v)
-    goal = tolerance**2*square
-    going = square > goal
+    u, r, p = torch.zeros_like(v), v, v if near is None else near(v)
+    square = _dot(v, p)
+    goal = tolerance**2*_dot(v, v)
+    going = _dot(v, v) > goal
     for _ in range(sweeps):
         if not going.any(): break
         q = times(p)
@@ -40,10 +42,11 @@ def _conjugate_gradients(times, v, # a product with a positive matrix, and (B, .
         going = going & (bend > least*_dot(p, p))
         length = torch.where(going, square, 0.)/torch.where(going, bend, 1.)
         u, r = u + length*p, r - length*q
-        new = _dot(r, r)
+        z = r if near is None else near(r)
+        new = _dot(r, z)
         onward = torch.where(going, new, 0.)/torch.where(going, square, 1.)
-        p, square = r + onward*p, new
-        going = going & (square > goal)
+        p, square = z + onward*p, new
+        going = going & (_dot(r, r) > goal)
     return u
 
 # %% ../nbs/10a_matching.ipynb #f3005b78

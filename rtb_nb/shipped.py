@@ -26,6 +26,7 @@ from .matching import PixelMatching, PixelProximal
 from .narrowed import Narrowed
 from .posterior import Posterior, Step
 from .priors import load_prior
+from .scaled import ScaledMatching
 from .schedule import Cosine, check_number
 from .train import image_drifts
 
@@ -44,12 +45,16 @@ def _guide(name, # of the recipe
     **dials):
     "The guide of a recipe"
     if name == 'MomentMatching': return MomentMatching(**dials)
-    if name == 'CovarianceMatching':
-        return CovarianceMatching(load_covariance(covariance, problem.prior.device), **dials)
-    per_pixel = dict(PixelMatching=PixelMatching, PixelProximal=PixelProximal)
-    if name in per_pixel: return per_pixel[name](load_error(error, problem.prior), **dials)
+    told = []
+    if name in ('CovarianceMatching', 'ScaledMatching'):
+        told.append(load_covariance(covariance, problem.prior.device))
+    if name in ('PixelMatching', 'PixelProximal', 'ScaledMatching'):
+        told.append(load_error(error, problem.prior))
+    kinds = CovarianceMatching, ScaledMatching, PixelMatching, PixelProximal
+    for kind in kinds:
+        if kind.__name__ == name: return kind(*told, **dials)
     raise ValueError('a recipe knows the guides MomentMatching, CovarianceMatching, '
-                     f'PixelMatching and PixelProximal, got {name!r}')
+                     f'ScaledMatching, PixelMatching and PixelProximal, got {name!r}')
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3, # of the network
