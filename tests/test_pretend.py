@@ -36,6 +36,7 @@ from rtb_nb.operators import Mask
 from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.samplers import cla
+from rtb_nb.scaled import ScaledMatching
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
 from rtb_nb.supervised import (ConditionalDenoiser, ddim, load_supervised, save_supervised,
@@ -177,7 +178,9 @@ def test_an_error_per_pixel_and_matching_with_it(device, tmp_path):
                            path=tmp_path/'run.safetensors')
     save_error(error, tmp_path/'lens.error.safetensors')
     error, y = load_error(tmp_path/'lens.safetensors', problem.prior), problem.simulate(1)[1]
-    for guide in (PixelMatching(error), PixelProximal(error, sweeps=2)):
+    covariance = Covariance.of(torch.randn(40, 1, 16, 16), 8).to(device)
+    for guide in (PixelMatching(error), PixelProximal(error, sweeps=2),
+                  ScaledMatching(covariance, error)):
         posterior = problem.posterior(image_drifts(problem, guide)).to(device)
         PathTrainer(posterior, OnPolicy(posterior, 2)).fit(y, 2, log=str)
         x0, _, log_w = posterior.draw(y, 2)

@@ -60,7 +60,7 @@ def test_operators_that_are_not_linear_have_a_recipe_too(tmp_path):
     posterior = bent.posterior(family_drifts(bent, **own))
     save_posterior(posterior, path, own, dict(remarks='none'))
     assert torch.equal(drawn(load_posterior(path, bent), bent), drawn(posterior, bent))
-    with pytest.raises(ValueError, match='CovarianceMatching, PixelMatching and PixelProximal'):
+    with pytest.raises(ValueError, match='ScaledMatching, PixelMatching and PixelProximal'):
         family_drifts(bent, guide=dict(name='DPS'))
 
 @pytest.mark.parametrize('name', shipped_posteriors())
