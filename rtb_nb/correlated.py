@@ -13,6 +13,7 @@ from .covariance import Covariance, Spread
 from .denoise import bcast
 from .guidance import Guidance, Kept, weighed_residual
 from .matching import _linear
+from .operators import _no_autocast, at_least_single
 from .posterior import Step
 
 # %% ../nbs/10d_correlated.ipynb #424b4c32
@@ -40,6 +41,7 @@ class CovarianceMatching(Guidance):
 def seen(self:CovarianceMatching, op, # linear
     like:Tensor) -> Tensor: # A v of every component, (operators*r, *out_shape)
     "The components as an operator sees them, asked once"
+    like = at_least_single(like)
     if op not in self._kept:
         events = self.covariance.vectors.T.to(like).reshape(-1, *op.in_shape)
         events = events.repeat(getattr(op, 'members', 1), *[1]*len(op.in_shape))
@@ -83,15 +85,16 @@ def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: #
 def _rest(C:Spread, like): # a number, or one per sample, as operators solve with
     return C.rest[:, 0].to(like) if len(C.rest) > 1 else C.rest.item()
 
-@patch
-def shared(self:CovarianceMatching, step:Step, C:Spread, # of `error`
+def _shared(likelihood, C:Spread, # of a guide's `error`
     left:Tensor, # of each sample, from `of_each` (B or 1, r, r)
-    residual:Tensor) -> Tensor: # (B, ...) of `x`
+    residual:Tensor) -> Tensor: # (B, *out_shape) -> (B, *in_shape)
     "What of a residual is the components' part, as they are in the image"
-    op, rest, std = step.likelihood.operator, _rest(C, step.x), step.likelihood.noise_std
-    V = C.vectors.to(step.x)
-    c = left.to(V) @ (weighed_residual(op, residual, rest, std).flatten(1) @ V)[..., None]
-    return (c[..., 0] @ V.T).reshape(step.x.shape)
+    op, rest = likelihood.operator, _rest(C, residual)
+    told = weighed_residual(op, residual, rest, likelihood.noise_std)
+    V, left = C.vectors.to(told), left.to(told)
+    with _no_autocast(told):
+        c = left @ (told.flatten(1) @ V)[..., None]
+        return (c[..., 0] @ V.T).reshape(told.shape)
 
 @patch
 def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's units
@@ -99,6 +102,6 @@ def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's
     (y, likelihood), C = self.measured(step), self.error(step)
     op, rest = likelihood.operator, _rest(C, step.x)
     residual = y - op(step.guess_of_end())
-    shared = self.shared(step, C, self.of_each(step, C, 0), residual)
+    shared = _shared(likelihood, C, self.of_each(step, C, 0), residual)
     left = weighed_residual(op, residual - _linear(op, shared), rest, likelihood.noise_std)
     return shared + bcast(torch.as_tensor(rest), step.x)*left

@@ -107,7 +107,7 @@ class Spread:
     def diagonal(self, like:Tensor) -> Tensor: # (B or 1, D), as `like`
         "Its entries on the diagonal, of every pixel"
         V, along, rest = (v.to(like) for v in (self.vectors, self.along, self.rest))
-        return rest + (along - rest) @ (V**2).T
+        with _no_autocast(like): return rest + (along - rest) @ (V**2).T
     def map(self, fn, *others # numbers, tensors shaped to multiply images, or `Spread`s
         ) -> 'Spread':
         "The matrix whose eigenvalues are `fn` of this one's and of those of the others"

@@ -9,6 +9,7 @@ __all__ = ['weighted_solve', 'PixelMatching', 'PixelProximal']
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from .denoise import bcast
 from .errors import PixelError
 from .guidance import MomentMatching, ProximalMatching
@@ -34,7 +35,7 @@ def _conjugate_gradients(times, v, # a product with a positive matrix, and (B, .
     u, r, p = torch.zeros_like(v), v, v if near is None else near(v)
     square = _dot(v, p)
     goal = tolerance**2*_dot(v, v)
-    going = _dot(v, v) > goal
+    going = ~(_dot(v, v) <= goal) # what is no number goes on, and stays none
     for _ in range(sweeps):
         if not going.any(): break
         q = times(p)
@@ -62,6 +63,7 @@ class _Solve(torch.autograd.Function):
         ctx.op, ctx.solve = op, solve
         return u
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         w, (u,) = ctx.solve(g), ctx.saved_tensors
         return w, -ctx.op.adjoint(w)*ctx.op.adjoint(u), None, None, None, None

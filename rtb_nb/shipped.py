@@ -26,7 +26,7 @@ from .matching import PixelMatching, PixelProximal
 from .narrowed import Narrowed
 from .posterior import Posterior, Step
 from .priors import load_prior
-from .scaled import ScaledMatching
+from .scales import ScaledMatching
 from .schedule import Cosine, check_number
 from .train import image_drifts
 

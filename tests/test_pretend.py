@@ -36,7 +36,7 @@ from rtb_nb.operators import Mask
 from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.samplers import cla
-from rtb_nb.scaled import ScaledMatching
+from rtb_nb.scales import ScaledMatching
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
 from rtb_nb.supervised import (ConditionalDenoiser, ddim, load_supervised, save_supervised,

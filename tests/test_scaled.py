@@ -1,4 +1,5 @@
 "Correlations of the data with an error per pixel: the dense formula, whatever it is asked"
+import gc, math, weakref
 import pytest, torch
 from rtb_nb.amortise import (Bank, Family, MaximumLikelihood, joint_paths,
                              paired_log_weights)
@@ -16,7 +17,7 @@ from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.narrowed import Narrowed
 from rtb_nb.per_sample import random_boxes
 from rtb_nb.priors import load_prior
-from rtb_nb.scaled import ScaledMatching
+from rtb_nb.scales import ScaledMatching
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, load_posterior, save_posterior
 
@@ -108,6 +109,73 @@ def test_its_gradient_in_the_state_is_that_of_differences():
     direction = torch.randn_like(x)
     with torch.no_grad(): change = value(x + 1e-4*direction) - value(x - 1e-4*direction)
     torch.testing.assert_close((slope*direction).sum(), change/2e-4, rtol=1e-3, atol=1e-3)
+
+def test_levels_that_differ_in_a_batch_have_the_gradient_of_each_alone():
+    torch.manual_seed(0)
+    p, own = problem(), guide()
+    tau, k = joint_paths(p, 4), torch.tensor([0, 3, 5, 3])
+    x = tau.x[k, torch.arange(4)].clone().requires_grad_()
+    def slope(x, k, y):
+        step = p.posterior([]).step(x, k, y, p.prior.guess(x, k))
+        return torch.autograd.grad(own.move(step).sin().sum(), x)[0]
+    together = slope(x, k, tau.y)
+    for i in range(4):
+        part = slice(i, i+1)
+        alone = slope(x[part].detach().requires_grad_(), k[part], tau.y[part])
+        torch.testing.assert_close(together[part], alone, rtol=1e-3, atol=1e-4)
+
+def test_a_step_is_freed_once_it_was_differentiated():
+    torch.manual_seed(0)
+    p, own = problem(), guide()
+    tau = joint_paths(p, 2)
+    x = tau.x[3].clone().requires_grad_()
+    step = p.posterior([]).step(x, 3, tau.y, p.prior.guess(x, 3))
+    torch.autograd.grad(step.of(own).sum(), x)
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None
+
+def test_a_second_derivative_is_refused_not_wrong():
+    torch.manual_seed(0)
+    p, own = problem(), guide()
+    tau = joint_paths(p, 2)
+    x = tau.x[3].clone().requires_grad_()
+    step = p.posterior([]).step(x, 3, tau.y, p.prior.guess(x, 3))
+    first = torch.autograd.grad(own.move(step).sin().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        first.sum().backward()
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('kind', [guide, lambda: CovarianceMatching(WHOLE)])
+def test_half_precision_moves_as_far(dtype, kind):
+    torch.manual_seed(0)
+    p, own = problem(), kind()
+    tau = joint_paths(p, 4)
+    exact = own.move(at(p, tau, 3))
+    step = p.posterior([]).step(tau.x[3].to(dtype), 3, tau.y.to(dtype),
+                                p.prior.denoise(tau.x[3], 3).to(dtype))
+    assert (own.move(step).float() - exact).norm() < .1*exact.norm()
+
+@pytest.mark.parametrize('kind', [guide, lambda: CovarianceMatching(WHOLE)])
+def test_autocast_does_not_round_it(kind):
+    torch.manual_seed(0)
+    p, own = problem(), kind()
+    step = at(p, joint_paths(p, 4), 3)
+    exact = own.move(step)
+    with torch.autocast('cpu', torch.bfloat16): off = own.move(step) - exact
+    assert off.norm() < 1e-4*exact.norm()
+
+def test_what_is_no_number_stays_none_and_leaves_the_others_alone():
+    torch.manual_seed(0)
+    p, own = problem(), guide()
+    tau = joint_paths(p, 3)
+    clean = own.move(at(p, tau, 2))
+    tau.y[1, 0, 0, 0] = math.nan
+    for i, odd in enumerate(own.move(at(p, tau, 2))):
+        if i == 1: assert odd.isnan().any()
+        else: torch.testing.assert_close(odd, clean[i], rtol=1e-4, atol=1e-5)
+    assert own.move(at(p, tau[1:2], 2)).isnan().any()
 
 def test_the_path_form_trains_a_gate_in_front_of_it():
     torch.manual_seed(0)

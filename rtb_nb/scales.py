@@ -8,7 +8,8 @@ __all__ = ['ScaledMatching']
 # %% ../nbs/10f_scaled.ipynb #f43f7536
 import torch
 from torch import Tensor
-from .correlated import CovarianceMatching, _rest
+from torch.autograd.function import once_differentiable
+from .correlated import CovarianceMatching, _rest, _shared
 from .covariance import Covariance, Spread
 from .errors import PixelError
 from .matching import _conjugate_gradients, _linear
@@ -17,20 +18,22 @@ from .schedule import check_number, check_whole
 
 # %% ../nbs/10f_scaled.ipynb #f4174f9c
 class _Solve(torch.autograd.Function):
-    "(A s C s A^T + b)^-1 v with its gradient in v and in the scales s"
+    "(A s C s A^T + b)^-1 v (B, *out_shape), with its gradient in v and in s (B, *in_shape)"
     @staticmethod
-    def forward(ctx, v, s, op, spread, b, near, sweeps, tolerance):
-        def times(p): return _linear(op, s*spread.times(s*op.adjoint(p))) + b*p
+    def forward(ctx, v, s, op, C, b, near, sweeps, tolerance):
+        known = s.detach()
+        def times(p): return _linear(op, known*C.times(known*op.adjoint(p))) + b*p
         def solve(v): return _conjugate_gradients(times, v, sweeps, tolerance, near=near)
         u = solve(v)
         ctx.save_for_backward(u, s)
-        ctx.op, ctx.spread, ctx.solve = op, spread, solve
+        ctx.op, ctx.C, ctx.solve = op, C, solve
         return u
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         w, (u, s) = ctx.solve(g), ctx.saved_tensors
-        u, v = ctx.op.adjoint(u), ctx.op.adjoint(w)
-        slope = -(v*ctx.spread.times(s*u) + u*ctx.spread.times(s*v))
+        Au, Aw = ctx.op.adjoint(u), ctx.op.adjoint(w)
+        slope = -(Aw*ctx.C.times(s*Au) + Au*ctx.C.times(s*Aw))
         return w, slope, None, None, None, None, None, None
 
 # %% ../nbs/10f_scaled.ipynb #aa886438
@@ -47,22 +50,26 @@ class ScaledMatching(CovarianceMatching):
             'pixels of no error are never moved')
         self.sweeps = check_whole('sweeps', sweeps)
         self.tolerance = check_number('tolerance', tolerance, '(0, 1)')
-    def scales(self, step:Step, C:Spread) -> Tensor: # (B, ...)
+    def scales(self, step:Step, C:Spread) -> Tensor: # (B, ...), without units
         "s, by which an error per pixel differs from that of the covariance"
         r2 = step.pixel_error_of_end(self.pixel, self.floor)
-        return (r2/C.diagonal(step.x).reshape(-1, *r2.shape[1:])).sqrt()
-    def near(self, step:Step, C:Spread): # a function of what is to be solved for
-        "Solves with A C A^T + sigma^2"
-        op, b, rest = step.likelihood.operator, step.likelihood.noise_std**2, _rest(C, step.x)
-        left = self.of_each(step, C, 0)
-        def solve(v): return op.gram_solve(
-            v - _linear(op, self.shared(step, C, left, v)), rest, b)
-        return torch.no_grad()(solve)
-    def solve(self, step:Step, C:Spread, s, residual) -> Tensor: # (B, *out_shape)
+        return (r2/C.diagonal(r2).reshape(-1, *r2.shape[1:])).sqrt()
+    def near_solver(self, step:Step, C:Spread): # residuals (B, *out_shape) -> the same
+        "Solves with A C A^T + sigma^2; it must not keep the step, or no graph is ever freed"
+        likelihood, rest, left = step.likelihood, _rest(C, step.x), self.of_each(step, C, 0)
+        op, b = likelihood.operator, likelihood.noise_std**2
+        @torch.no_grad()
+        def solve(v):
+            return op.gram_solve(v - _linear(op, _shared(likelihood, C, left, v)), rest, b)
+        return solve
+    def solve(self, step:Step, C:Spread, s:Tensor, # (B, ...)
+        residual:Tensor) -> Tensor: # (B, *out_shape), both
         "(A S A^T + sigma^2)^-1 times a residual"
-        own = step.likelihood.operator, C, step.likelihood.noise_std**2, self.near(step, C)
-        return _Solve.apply(residual, s, *own, self.sweeps, self.tolerance)
-    def move(self, step): # (B, ...) in the data's units
+        b, near = step.likelihood.noise_std**2, self.near_solver(step, C)
+        own = step.likelihood.operator, C, b, near, self.sweeps, self.tolerance
+        return _Solve.apply(residual, s, *own)
+    def move(self, step:Step) -> Tensor: # (B, ...) in the data's units
+        "How far the measurement moves the guess of the end"
         (y, likelihood), C = self.measured(step), self.error(step)
         s, residual = self.scales(step, C), y - likelihood.operator(step.guess_of_end())
         u = self.solve(step, C, s, residual)
