@@ -67,7 +67,8 @@ def measured_components(self:CovarianceMatching, op, b, # variance of the noise
     return kept['levels'][rest]
 
 @patch
-def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: # (B or 1, ...)
+def of_each(self:CovarianceMatching, step:Step, C:Spread
+    ) -> tuple: # (B or 1, r, r) and (B or 1, r)
     "`measured_components` for the level and the operator of every sample"
     likelihood, n = step.likelihood, len(step.x)
     rests, which = C.rest[:, 0].unique(return_inverse=True)
@@ -75,11 +76,12 @@ def of_each(self:CovarianceMatching, step:Step, C:Spread, part:int) -> Tensor: #
     own = likelihood.operator, likelihood.noise_std**2
     levels = [self.measured_components(*own, C.along[i], C.rest[i].item(), step.x)
               for i in first]
-    found = torch.stack([level[part] for level in levels]) # (levels, operators, ...)
-    if found.shape[:2] == (1, 1): return found[0]
-    members = found.shape[1]
+    members = len(levels[0][0])
     owner = torch.arange(members, device=step.x.device).repeat_interleave(n//members)
-    return found[which.expand(n), owner]
+    def own(parts): # (operators, ...) of each level
+        if len(parts) == members == 1: return parts[0]
+        return torch.stack(parts)[which.expand(n), owner]
+    return tuple(own(parts) for parts in zip(*levels))
 
 # %% ../nbs/10d_correlated.ipynb #dc083613
 def _rest(C:Spread, like): # a number, or one per sample, as operators solve with
@@ -102,6 +104,6 @@ def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's
     (y, likelihood), C = self.measured(step), self.error(step)
     op, rest = likelihood.operator, _rest(C, step.x)
     residual = y - op(step.guess_of_end())
-    shared = _shared(likelihood, C, self.of_each(step, C, 0), residual)
+    shared = _shared(likelihood, C, self.of_each(step, C)[0], residual)
     left = weighed_residual(op, residual - _linear(op, shared), rest, likelihood.noise_std)
     return shared + bcast(torch.as_tensor(rest), step.x)*left

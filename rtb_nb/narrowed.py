@@ -28,7 +28,7 @@ class Narrowed(Narrowing):
                 'already where its guess is uncertain: make the prior with covariance=...')
         self.guide.measured(step)
         C = self.guide.error(step)
-        share = self.guide.of_each(step, C, 1)
+        share = self.guide.of_each(step, C)[1]
         gone = Spread(C.vectors, share, torch.zeros_like(share[:, :1]))
         reach = step.c0*step.sigma**2/step.noise_of_end()
         def narrow(s, c, a, g): return (1 - (c*(a/s)**2).clamp(max=1)*g).sqrt()
