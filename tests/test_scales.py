@@ -124,27 +124,28 @@ def test_levels_that_differ_in_a_batch_have_the_gradient_of_each_alone():
         alone = slope(x[part].detach().requires_grad_(), k[part], tau.y[part])
         torch.testing.assert_close(together[part], alone, rtol=1e-3, atol=1e-4)
 
-def test_a_step_is_freed_once_it_was_differentiated():
+def differentiable_step():
+    "A step whose state wants a gradient"
     torch.manual_seed(0)
-    p, own = problem(), guide()
+    p = problem()
     tau = joint_paths(p, 2)
     x = tau.x[3].clone().requires_grad_()
-    step = p.posterior([]).step(x, 3, tau.y, p.prior.guess(x, 3))
-    torch.autograd.grad(step.of(own).sum(), x)
+    return p.posterior([]).step(x, 3, tau.y, p.prior.guess(x, 3))
+
+def test_a_step_is_freed_once_it_was_differentiated():
+    own = guide()
+    step = differentiable_step()
+    torch.autograd.grad(step.of(own).sum(), step.x)
     gone = weakref.ref(step)
     del step
     gc.collect()
     assert gone() is None
 
 def test_a_second_derivative_is_refused_not_wrong():
-    torch.manual_seed(0)
-    p, own = problem(), guide()
-    tau = joint_paths(p, 2)
-    x = tau.x[3].clone().requires_grad_()
-    step = p.posterior([]).step(x, 3, tau.y, p.prior.guess(x, 3))
-    first = torch.autograd.grad(own.move(step).sin().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        first.sum().backward()
+    own = guide()
+    step = differentiable_step()
+    first, = torch.autograd.grad(own.move(step).sin().sum(), step.x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'): first.sum().backward()
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('kind', [guide, lambda: CovarianceMatching(WHOLE)])
