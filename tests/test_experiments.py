@@ -23,6 +23,12 @@ def digits(folder, n=610):
              train_labels=labels[:64], test_labels=labels)
     return folder/'mnist.npz'
 
+def photographs(folder):
+    "Two of noise, to test with"
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder/'cifar10.npz', train=noise, test=noise)
+    return folder/'cifar10.npz'
+
 def lens_image(folder):
     "A ring on a bright sky, as a FITS file"
     from astropy.io import fits
@@ -45,8 +51,12 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
             'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
             'exp_posteriors': [{}, *(dict(family=damage,
                                           data=lambda folder: digits(folder).parent)
-                                     for damage in ('losses', 'shakes', 'bends'))],
-            'exp_ood': [dict(data=lambda folder: digits(folder).parent)],
+                                     for damage in ('losses', 'shakes', 'bends')),
+                               dict(family='holes', prior_name='cifar10-32',
+                                    data=lambda folder: photographs(folder).parent)],
+            'exp_ood': [dict(data=lambda folder: digits(folder).parent), dict(
+                data=lambda folder: digits(folder).parent, train=2, begin='mnist-box',
+                methods='supervised', shifts='half images')],
             'exp_unconditional': [dict(data=lambda folder: digits(folder).parent, tasks=tasks)
                                   for tasks in (['box', 'phase'], ['random', 'deblur'])],
             'tutorials/2_undo_a_lens': [dict(
