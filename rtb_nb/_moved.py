@@ -29,7 +29,8 @@ _moved = {
                  'end_guess': 'rtb_nb.posterior.Step, as step.guess_of_end',
                  'end_noise': 'rtb_nb.posterior.Step, as step.noise_of_end',
                  'end_shift': 'rtb_nb.posterior.Step, as step.end_as_drift'},
-    'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture'),
+    'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture') |
+        _to('photons', 'PhotonNoise'),
     'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet',
                     'attention_or_convolution') |
         _to('checkpoints', 'save_tensors', 'load_tensors', 'flat_state', 'load_state'),
@@ -44,7 +45,7 @@ _moved = {
     'samplers': _to('particles', 'Tangent', 'fps', 'twisted') |
         _to('inner', 'daps', 'mgdm', 'adam_fit', 'langevin', 'exact_draw'),
     'schedule': {'Table': 'rtb_nb.schedule.Tabulated'},
-    'train': {'Asked': 'rtb_nb.train.Terminated'}}
+    'train': {'Asked': 'rtb_nb.checkpoints.Terminated'}}
 
 # %% ../nbs/what_moved.ipynb #d5daec23
 def _lost(module:str):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'flat_state', 'load_state', 'fingerprint', 'check_fingerprint', 'save_weights',
-           'shipped_names', 'shipped_file']
+           'shipped_names', 'shipped_file', 'Terminated']
 
 # %% ../nbs/04b_checkpoints.ipynb #0781b0a7
-import functools, hashlib, inspect, json, math, numbers, os
+import functools, hashlib, inspect, json, math, numbers, os, signal, threading
 from importlib.resources import files
 from pathlib import Path
 from types import CodeType
@@ -256,3 +256,14 @@ def shipped_file(name, # what comes with the package, or a path
         raise ValueError(f'unknown {kind} {str(name)!r}: shipped are {known}, '
             f'or give the path of a {ending} file')
     return files('rtb_nb')/'assets'/f'{name}{ending}'
+
+# %% ../nbs/04b_checkpoints.ipynb #e6aa2fd4
+class Terminated:
+    "Whether this process has been asked to end, while the block lasts"
+    def __enter__(self):
+        self.now, self.main = False, threading.current_thread() is threading.main_thread()
+        if self.main: self.before = signal.signal(signal.SIGTERM, self.ask)
+        return self
+    def ask(self, *_): self.now = True
+    def __exit__(self, *_):
+        if self.main: signal.signal(signal.SIGTERM, self.before)

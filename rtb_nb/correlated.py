@@ -21,6 +21,9 @@ class CovarianceMatching(Guidance):
     "Moment matching with the data's covariance: exact for a Gaussian prior that has it"
     def __init__(self, covariance:Covariance):
         super().__init__()
+        if not isinstance(covariance, Covariance):
+            raise TypeError(f'covariance must be a Covariance, got {covariance!r}: use '
+                "load_covariance('sources-32'), or Covariance.of(samples)")
         self.covariance, self._kept = covariance, Kept()
     def error(self, step:Step) -> Spread: # a covariance
         "What the guess of the end leaves unknown"

@@ -172,6 +172,11 @@ class Diffusion(Described, nn.Module):
         covariance=None # a `Covariance` of the data; None: steps of white noise
         ):
         super().__init__()
+        if not hasattr(denoiser, 'schedule') or not isinstance(denoiser, nn.Module):
+            raise TypeError('Diffusion takes a Denoiser, with its schedule and error, got '
+                f'{in_words(denoiser)}: wrap a net, EpsDenoiser(net, Cosine()).calibrate(x0)')
+        if not isinstance(shape, tuple|list|torch.Size):
+            raise TypeError(f'shape is that of one event, such as (1, 32, 32), got {shape!r}')
         if not isinstance(covariance, Covariance|None):
             raise ValueError(f'covariance must be a Covariance, got {covariance!r}: '
                 "use load_covariance('sources-32'), or Covariance.of(samples)")
@@ -307,6 +312,7 @@ def log_prob(self:Diffusion, tau:Trajectories) -> Tensor: # (B,)
 def repeat_y(y, n:int, # number of paths
     device=None) -> Tensor: # (n, ...), or None for None
     "One measurement, or one per path, as many as there are paths"
+    n = check_whole('n', n, hint='it is the number of paths or samples')
     if y is None: return None
     y = torch.as_tensor(y, device=device)
     bad = int((~torch.isfinite(y)).sum())

@@ -172,7 +172,14 @@ def evaluate(posterior, # a `Posterior` of an `InverseProblem`
     perceptual=None, # as for `score_samples`
     chunk=64 # samples drawn at a time
     ) -> tuple: # samples (n, ...), and a dict of floats
-    "Draw samples, score them, and add their evidence and the calls of the prior's own chain"
+    """Draw samples, and judge them and their paths.
+
+    In nats: `e_log_r` (how well samples explain y), `elbo` and `iw` with errors `elbo_se` and
+    `iw_se`, `std` of the log-weights. Samples: `ess` of `n`. Without units: `chi2` (Gaussian
+    noise alone), `finite` (share of log-weights). In the data's units: `pixel_std`, `diversity`
+    (between samples), and beside a truth `error` of each sample and `mean_error` of their mean.
+    `truth_log_r`, in nats, is the truth's own. `calls` are those of the prior's network.
+    """
     n, chunk, problem = check_whole('n', n), check_whole('chunk', chunk), posterior.problem
     y = _one_measurement(problem, y)
     parts = [posterior.draw(y, min(chunk, n-i)) for i in range(0, n, chunk)]

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .lensing import Lens
 from .likelihood import Likelihood
+from .nonlinear import Compose
 from .operators import LinearOperator, at_least_single, check_batch
 from .per_sample import PerSample
 from .schedule import check_whole
@@ -147,11 +148,14 @@ class LensBatches(nn.Module):
 # %% ../nbs/09c_families.ipynb #6712b6f7
 def outside(family:LensFamily, likelihood:Likelihood) -> list: # of sentences; empty inside
     "What of a lens and its noise lies outside a family"
-    lens, noise = likelihood.operator, likelihood.std
+    lens, noise, res = likelihood.operator, likelihood.std, []
+    if isinstance(lens, Compose) and isinstance(lens.inner, Lens):
+        res.append(f'a {type(lens.outer).__name__} follows the Lens, as for a map of noise')
+        lens = lens.inner
     if not isinstance(lens, Lens): return [f'{type(lens).__name__} is no Lens']
     model, (low, high) = lens.model, family.noise_std
     each = dict(einstein_radius=model['einstein_radius'], q=model['q'], psf=lens.psf)
-    res = [f'{name} {v:.3g} is outside {getattr(family, name)}' for name, v in each.items()
+    res += [f'{name} {v:.3g} is outside {getattr(family, name)}' for name, v in each.items()
            if not getattr(family, name)[0] <= v <= getattr(family, name)[1]]
     res += [f'{name} {v} is further out than {getattr(family, name):g}'
             for name, v in (('centre', model['centre']), ('shear', model['shear']))

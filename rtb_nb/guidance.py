@@ -29,7 +29,8 @@ class Guidance(Drift):
                 'use problem.posterior(drifts).simulate(y, n)')
         if self.linear and not hasattr(likelihood.operator, 'gram_solve'):
             raise ValueError(f'{name} needs a linear operator, with adjoint and gram_solve; '
-                f'got {type(likelihood.operator).__name__}')
+                f'got {type(likelihood.operator).__name__}: make it a Matrix, or a subclass of '
+                'LinearOperator with linear and transpose')
         return step.y, likelihood
     def guessing(self, step:Step) -> nn.Module:
         "The denoiser behind the step's guess, or a clear refusal"
@@ -185,13 +186,21 @@ def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph i
     inner = x.requires_grad and torch.is_grad_enabled()
     return (x, True) if inner else (x.detach().requires_grad_(), False)
 
+def _differentiable(value:Tensor) -> Tensor:
+    "The value, if the operator let a gradient through"
+    if value.requires_grad: return value
+    raise ValueError('the operator lets no gradient through, as numpy, round() and detach() do '
+        'not: use torch in it, or a drift that needs none: image_drifts(problem, '
+        'feature=f)[1:] with an f(step) that shows y as an image')
+
 def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
     value, # x0_hat (B, ...) -> a scalar, summed over the batch
     what:str) -> Tensor: # (B, ...); `what` needs it, for the message
     "Gradient in x_t of a function of the guess, through the denoiser"
     with gradients(what):
         x, inner = _leaf(step.x)
-        return torch.autograd.grad(value(denoiser(x, step.t)), x, create_graph=inner)[0]
+        found = _differentiable(value(denoiser(x, step.t)))
+        return torch.autograd.grad(found, x, create_graph=inner)[0]
 
 # %% ../nbs/10_guidance.ipynb #3fb9ef7c
 class PiGDM(Guidance):
@@ -229,7 +238,8 @@ def log_gradient(log_r, # x0 (B, ...) -> (B,)
     "Gradient of a log-density, each sample's by itself"
     with gradients('the gradient of the likelihood'):
         x0, inner = _leaf(x0)
-        return torch.autograd.grad(log_r(x0).sum(), x0, create_graph=inner)[0].nan_to_num(0.)
+        value = _differentiable(log_r(x0).sum())
+        return torch.autograd.grad(value, x0, create_graph=inner)[0].nan_to_num(0.)
 
 # %% ../nbs/10_guidance.ipynb #e457d794
 class LikelihoodGradient(Guidance):
@@ -275,6 +285,8 @@ class Gate(Drift):
         ):
         super().__init__()
         knots = check_whole('knots', knots, 2, hint='a gate needs at least two')
+        if not isinstance(drift, nn.Module):
+            raise TypeError(f'Gate takes a drift, such as MomentMatching(), got {drift!r}')
         self.drift, self.lr = drift, lr
         self.value = nn.Parameter(torch.full((knots,), float(value)))
     def forward(self, step):

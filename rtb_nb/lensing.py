@@ -7,7 +7,7 @@ __all__ = ['ray_trace', 'pixel_centres', 'bilinear_matrix', 'gaussian_kernel', '
            'critical_curves', 'magnification', 'show_sky', 'Observation', 'load_observation', 'even_noise']
 
 # %% ../nbs/08_lensing.ipynb #15ce48f9
-import math
+import math, warnings
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -244,6 +244,9 @@ def _blocks(im, size) -> np.ndarray: # (size, size, block, block)
         raise ValueError(f'size {size} is more than the {side} pixels of the file: '
                          'averaging makes an image smaller, never larger')
     block = side//size
+    if size*block < .95*side:
+        warnings.warn(f'blocks of {block} pixels leave {size*block} of {side} pixels a side: '
+            f'size={side//(block + 1)} or a cut file keeps more of the field', stacklevel=3)
     top, left = ((n - size*block)//2 for n in im.shape)
     im = im[top:top + size*block, left:left + size*block]
     return im.reshape(size, block, size, block).swapaxes(1, 2)
@@ -283,6 +286,8 @@ def load_observation(path, # .npy, .png or .fits
     "An image of a lens, its sky subtracted, in counts, with its noise"
     from scipy import ndimage
     pixel_scale = check_number('pixel_scale', pixel_scale, hint='it is arcsec per pixel')
+    if pixel_scale < 1e-4: warnings.warn(f'{pixel_scale:g} arcsec per pixel is little: a FITS '
+        f'header has degrees, and {3600*pixel_scale:.3g} would be the same', stacklevel=2)
     im = read_image(path, hdu)
     std = None if noise is None else _noise(noise, im.shape, size)
     blocks = _blocks(im, size)
@@ -298,7 +303,7 @@ def load_observation(path, # .npy, .png or .fits
         brightest, level = ndimage.median_filter(light, 3).max(), _noise_level(light)
         if not brightest > 5*level: raise ValueError(
             f'nothing in {path} stands five noises ({level:g}) above its sky ({sky:g}): '
-            'crop it to the lens, or give unit=')
+            f'cut the file to the lens, or give unit= (fov {fov:.3g} arcsec was kept)')
         unit = brightest/check_number('peak', peak, '(0, 1]')
     y = light/check_number('unit', unit)
     if std is None: std = _noise_level(light)
@@ -321,4 +326,6 @@ def even_noise(operator, # linear, to images of the map's shape
     weight = std/noise_map
     rows = SparseMatrix(scipy.sparse.diags_array(weight.flatten().numpy()),
                         operator.out_shape, operator.out_shape).to(y.device)
-    return Compose(rows, operator), (y*weight.to(y)), std
+    weighed, seen = Compose(rows, operator), noise_map.isfinite()
+    if not seen.all(): weighed.register_buffer('seen', seen.to(y.device))
+    return weighed, y*weight.to(y), std

@@ -66,6 +66,10 @@ class Posterior(Diffusion):
         if isinstance(prior, Posterior):
             raise TypeError('a posterior is a prior once its measurement is given: '
                 'use posterior.given(y)')
+        odd = [drifts] if isinstance(drifts, nn.Module|type) else [
+            d for d in drifts if not isinstance(d, nn.Module)]
+        if odd: raise TypeError('drifts are a list of drifts, such as [MomentMatching()], got '
+            f'{getattr(odd[0], "__name__", odd[0])}')
         self.prior, self.drifts = prior.requires_grad_(False), nn.ModuleList(drifts)
         found = [m for d in drifts for m in d.modules() if isinstance(m, Narrowing)]
         if len(found) > 1 or found and not self.narrows:

@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from rtb_nb.beds import plane as plane_of
 from rtb_nb.behaviours import Mixture, OnPolicy
 from rtb_nb.checkpoints import load_tensors, save_tensors
+from rtb_nb.correlated import CovarianceMatching
 from rtb_nb.denoise import EpsDenoiser, MixtureDenoiser, VDenoiser
 from rtb_nb.diffusion import Diffusion, Trajectories, gaussian
 from rtb_nb.posterior import Posterior
@@ -12,7 +13,8 @@ from rtb_nb.drifts import NetDrift
 from rtb_nb.exact import ExactChain, ExactMixture
 from rtb_nb.guidance import (CLA, DPS, Gate, GaussianMatching, GuideShift, LikelihoodGradient,
     MomentMatching, PiGDM, ProximalMatching, likelihood_slope)
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
+from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.networks import VectorNet
 from rtb_nb.nonlinear import FourierMagnitude
 from rtb_nb.objective import RTB, ScalarLogZ, VarGrad
@@ -20,7 +22,8 @@ from rtb_nb.operators import Identity, Mask, Matrix
 from rtb_nb.priors import load_prior
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.schedule import Cosine
-from rtb_nb.train import Diverged, Guard, Trainer, image_drifts, path_gradient
+from rtb_nb.train import (Diverged, Guard, Trainer, image_drifts, path_gradient,
+    vector_drifts)
 
 Y = torch.tensor([[.9]])
 
@@ -57,6 +60,8 @@ def mixture_prior():
 
 def bare(prior=None): # a problem whose operator knows nothing of itself
     return InverseProblem(prior or plane().prior, Likelihood(torch.sin, .1))
+
+def bare_of(operator): return InverseProblem(plane().prior, Likelihood(operator, .1))
 
 def counted(y):
     return Likelihood(Identity(1), noise=PhotonNoise(5)).take(y, (1,), torch.zeros(()))
@@ -135,6 +140,43 @@ refusals = {
     'noise no function': (lambda _: Likelihood(Matrix(torch.eye(2)), noise=3),
         TypeError, 'got int'),
     'no operator': (lambda _: Likelihood(None, .1), TypeError, 'an operator is a callable'),
+    'a map of noise': (lambda _: Likelihood(Matrix(torch.eye(2)), torch.ones(1, 2)),
+        ValueError, 'one number, got shape (1, 2): for a map of noise'),
+    'one answer for all': (lambda _: bare_of(lambda x: x.mean(0, keepdim=True)).simulate(3),
+        ValueError, 'answers 3 images with shape (1, 2): it must answer (B, ...)'),
+    'a number for each': (lambda _: bare_of(lambda x: x.sum(1)).measurement(torch.ones(2)),
+        ValueError, 'x.sum(1, keepdim=True)'),
+    'an image for y': (lambda _: plane().measurement(torch.zeros(1, 2)),
+        ValueError, 'the shape of an image, which problem.operator(image) measures'),
+    'an operator for a likelihood': (
+        lambda _: InverseProblem(plane().prior, Matrix(torch.eye(2))),
+        TypeError, 'and a Likelihood(operator, noise_std), got Diffusion and Matrix'),
+    'a name for a prior': (lambda _: InverseProblem('mnist-32', plane().likelihood),
+        TypeError, 'got str and Likelihood'),
+    'a drift for drifts': (lambda _: plane().posterior(CLA()),
+        TypeError, 'a list of drifts, such as [MomentMatching()], got CLA'),
+    'a class for a drift': (lambda _: plane().posterior([CLA]),
+        TypeError, 'such as [MomentMatching()], got CLA'),
+    'half a sample': (lambda _: plane().posterior([]).sample(Y, 2.),
+        ValueError, 'n must be a positive whole number, got 2.0'),
+    'a class in a gate': (lambda _: Gate(CLA), TypeError, 'such as MomentMatching(), got'),
+    'a function for a denoiser': (lambda _: Diffusion(lambda x, t: x, (2,)),
+        TypeError, 'wrap a net, EpsDenoiser(net, Cosine()).calibrate(x0)'),
+    'a number for a shape': (lambda _: Diffusion(plane().prior.denoiser, 2),
+        TypeError, 'such as (1, 32, 32), got 2'),
+    'a name for a covariance': (lambda _: CovarianceMatching('sources-32'),
+        TypeError, "load_covariance('sources-32')"),
+    'no gradient': (
+        lambda _: guided(LikelihoodGradient(), operator=lambda x: x.detach().round()),
+        ValueError, 'the operator lets no gradient through'),
+    'no gradient for DPS': (lambda _: guided(DPS(), operator=lambda x: x.detach().round()),
+        ValueError, 'the operator lets no gradient through'),
+    'a rate for an optimiser': (lambda _: trainer(opt=1e-3),
+        TypeError, 'such as gentle_optimiser(posterior, 1e-3), got 0.001'),
+    'images for vectors': (lambda _: vector_drifts(InverseProblem(load_prior('mnist-32', 2),
+        Likelihood(torch.sin, .1))), ValueError, 'events (D,) and y (m,), got (1, 32, 32)'),
+    'vectors for images': (lambda _: image_drifts(plane()),
+        ValueError, 'shape must be (C, H, W), got (2,)'),
     'no measurement': (lambda _: plane().posterior([]).log_weight(plane().prior.simulate(2)),
         ValueError, 'carry no measurement'),
     'no likelihood': (lambda _: Posterior(plane().prior, []).problem,

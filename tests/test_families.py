@@ -2,7 +2,7 @@
 import math
 import pytest, torch
 from rtb_nb.families import LensBank, LensFamily, outside, random_lens
-from rtb_nb.lensing import Lens
+from rtb_nb.lensing import Lens, even_noise
 from rtb_nb.likelihood import Likelihood
 from rtb_nb.operators import Identity
 
@@ -35,6 +35,14 @@ def test_same_seed_same_lens():
 def test_outside_says_what(lens, noise, said):
     odd = outside(LensFamily(16), Likelihood(Lens(16, **lens), noise))
     assert len(odd) == 1 and said in odd[0]
+
+def test_a_map_of_noise_is_named_and_its_lens_looked_at():
+    y, noise = torch.zeros(1, 1, 16, 16), torch.full((1, 1, 16, 16), .05)
+    noise[..., 8:] = .1
+    def odd(**lens): return outside(
+        LensFamily(16), Likelihood(even_noise(Lens(16, **lens), y, noise)[0], .05))
+    assert odd() == ['a SparseMatrix follows the Lens, as for a map of noise']
+    assert 'einstein_radius 0.8 is outside' in odd(einstein_radius=.8)[1]
 
 def test_outside_of_another_operator():
     assert 'no Lens' in outside(LensFamily(16), Likelihood(Identity((1, 16, 16)), .05))[0]

@@ -73,6 +73,16 @@ def test_asked_to_end_it_saves_and_leaves(tmp_path):
     assert same(weights(whole), weights(resumed)) and whole.history == resumed.history
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_run_is_not_written_over(tmp_path):
+    path = tmp_path/'run.safetensors'
+    trainer(path=path).fit(Y, 4, log=str)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match='resume\\(\\) before fit'):
+        trainer(path=path).fit(Y, 4, log=str)
+    assert path.read_bytes() == before
+    again = trainer(path=path).resume().fit(Y, 6, log=str)
+    assert again.step == 6 and 'iteration 6' in repr(again)
+
 def test_twenty_kills(tmp_path):
     path, n = tmp_path/'run.safetensors', 120
     start = time.perf_counter()

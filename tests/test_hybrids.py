@@ -14,7 +14,8 @@ from rtb_nb.gradient import PathTrainer
 from rtb_nb.guidance import CLA, Gate, measurement_feature
 from rtb_nb.hybrids import DPSCLA, DPSScore, PaperGate, gram_diagonal, guess_misfit
 from rtb_nb.imaging import gaussian_blur, motion_kernel, random_mask
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.networks import VectorNet
 from rtb_nb.nonlinear import Compose, FourierMagnitude, NonlinearBlur
 from rtb_nb.operators import Identity, Matrix

@@ -10,7 +10,8 @@ from rtb_nb.denoise import Denoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.drifts import NetDrift
 from rtb_nb.guidance import Gate, GaussianMatching, GuideShift, MomentMatching
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.matching import _conjugate_gradients
 from rtb_nb.mmps import MMPS, SubspaceMatching, _asked
 from rtb_nb.networks import VectorNet

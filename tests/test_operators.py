@@ -21,7 +21,8 @@ from rtb_nb.exact import ExactChain
 from rtb_nb.guidance import DPS, LikelihoodGradient, MomentMatching
 from rtb_nb.imaging import (Blur, Separable, bicubic, block_average, box_mask, gaussian_blur,
                             mirror_index, motion_kernel, random_mask)
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise
+from rtb_nb.likelihood import InverseProblem, Likelihood
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.nonlinear import Compose, FourierMagnitude, Frozen, NonlinearBlur
 from rtb_nb.operators import Identity, Mask, Matrix, SparseMatrix, adjoint_error, event_shape
 from rtb_nb.schedule import Cosine, Linear

@@ -1,5 +1,5 @@
 "Bad input, adjoints and caustics of operators and lenses"
-import copy, pickle
+import copy, math, pickle, warnings
 import numpy as np
 import pytest
 import scipy.sparse
@@ -7,8 +7,10 @@ import torch
 from rtb_nb.data import load_source
 from rtb_nb.lensing import (Lens, critical_curves, even_noise, load_observation,
                             magnification, show_sky, simulate_caustics)
+from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Identity, Mask, Matrix, SparseMatrix, adjoint_error
+from rtb_nb.priors import load_prior
 
 f64 = torch.float64
 
@@ -236,6 +238,40 @@ def test_a_noise_map_and_what_it_leaves_out(tmp_path):
     assert level == pytest.approx(.1) and y.isfinite().all()
     assert torch.allclose(operator(x), lens(x)*weight, atol=1e-6)
     assert not operator(x)[0, 0, 10:12, 10:12].any() and adjoint_error(operator) < 1e-12
+
+
+def test_what_is_left_out_is_no_measurement():
+    torch.manual_seed(0)
+    lens, x = Lens(16), torch.rand(1, 1, 16, 16)*2 - 1
+    y, noise = Likelihood(lens, .05)(x).sample(), torch.full((1, 1, 16, 16), .05)
+    noise[..., :8] = math.inf
+    operator, weighed, std = even_noise(lens, y, noise)
+    likelihood = Likelihood(operator, std)
+    problem = InverseProblem(load_prior('mnist-32', 2), likelihood)
+    left = (y - lens(x))[..., 8:]
+    chi2 = left.square().mean().item()/.05**2
+    assert problem.chi2(x, weighed).item() == pytest.approx(chi2, rel=1e-4)
+    exact = torch.distributions.Normal(0., .05).log_prob(left).sum()
+    assert likelihood.log_prob(x, weighed).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert not likelihood(x).sample()[..., :8].any()
+    with pytest.raises(ValueError, match='where nothing is seen'):
+        likelihood.take(y, (1, 16, 16), y)
+    everywhere = even_noise(lens, y, torch.full((1, 1, 16, 16), .05))[0]
+    assert Likelihood(everywhere, .05).seen(y) is None
+
+
+@pytest.mark.parametrize('side, warns', [(48, False), (50, False), (47, True), (63, True)])
+def test_a_cut_that_loses_field_says_so(tmp_path, side, warns):
+    image = np.pad(ring(), ((0, max(0, side-48)),)*2, mode='edge')[:side, :side]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        observe(tmp_path, image, size=24, unit=10.)
+    assert any('pixels a side' in str(w.message) for w in said) == warns
+
+
+def test_degrees_are_no_arcseconds(tmp_path):
+    with pytest.warns(UserWarning, match='a FITS header has degrees'):
+        observe(tmp_path, pixel_scale=.05/3600)
 
 
 def test_arcseconds_on_the_axes():

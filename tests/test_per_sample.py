@@ -20,7 +20,8 @@ from rtb_nb.hybrids import DPSCLA, DPSScore, gram_diagonal, guess_misfit
 from rtb_nb.imaging import (Blur, block_average, bicubic, box_mask, gaussian_blur,
                             motion_kernel)
 from rtb_nb.inner import adam_fit, daps, langevin, mgdm
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, residual_chi2
+from rtb_nb.likelihood import InverseProblem, Likelihood, residual_chi2
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.matching import PixelMatching, weighted_solve
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Identity, Mask, Matrix, adjoint_error

@@ -9,7 +9,8 @@ from rtb_nb.diffusion import Described, Diffusion, Trajectories, in_words
 from rtb_nb.drifts import FineTuned, LoRA, NetDrift
 from rtb_nb.experiment import run_record
 from rtb_nb.guidance import CLA, DPS, Gate, GuideShift, MomentMatching, measurement_feature
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
+from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.networks import UNet, VectorNet
 from rtb_nb.operators import Mask, Matrix
 from rtb_nb.posterior import Posterior

@@ -9,7 +9,8 @@ from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
 from rtb_nb.guidance import DPS
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
-from rtb_nb.likelihood import InverseProblem, Likelihood, PhotonNoise, Tilted
+from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.operators import Matrix
 from rtb_nb.nonlinear import Compose
 from rtb_nb.particles import Tangent, fps, observe, resampled, twisted
