@@ -7,6 +7,7 @@ __all__ = ['NetDrift', 'FineTuned', 'attention_or_convolution', 'LoRA', 'Evidenc
 
 # %% ../nbs/04a_drifts.ipynb #4d76dde8
 import copy, math
+from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -31,21 +32,32 @@ class NetDrift(Drift):
 
 # %% ../nbs/04a_drifts.ipynb #4aabc022
 class _Beside(nn.Module):
-    "An image network that is shown further channels; it does not look at them at first"
-    def __init__(self, net, channels):
+    "What an image network's first convolution makes of further channels: nothing at first"
+    def __init__(self, denoiser, channels):
         super().__init__()
-        old = getattr(net, 'stem', None)
-        if not isinstance(old, nn.Conv2d):
-            raise ValueError(f'{type(net).__name__} has no stem to widen: features need a UNet '
-                'or a PatchTransformer')
-        args = dict(kernel_size=old.kernel_size, padding=old.padding)
-        wider = nn.Conv2d(old.in_channels + channels, old.out_channels, **args).to(old.weight)
-        with torch.no_grad():
-            zero_(wider).weight[:, :old.in_channels] = old.weight
-            wider.bias.copy_(old.bias)
-        net.stem, net.in_channels = wider, net.in_channels + channels
-        self.net, self._shown = net, None
-    def forward(self, x, t): return self.net(torch.cat([x, self._shown.to(x)], 1), t)
+        first = self.of(denoiser)
+        names = 'kernel_size', 'stride', 'padding', 'dilation', 'padding_mode'
+        like = {n: getattr(first, n) for n in names}
+        new = nn.Conv2d(channels, first.out_channels, bias=False, **like)
+        self.net = zero_(new).to(first.weight)
+    def of(self, denoiser) -> nn.Conv2d:
+        for layer in denoiser.modules():
+            if isinstance(layer, nn.Conv2d): return layer
+        raise ValueError(f'{type(denoiser).__name__} has no convolution to show features to: '
+            'use a NetDrift')
+    @contextmanager
+    def shown(self, denoiser, seen):
+        "While it lasts the network is shown these channels, too"
+        def add(layer, args, out): return out + self.net(seen.to(out))
+        handle = self.of(denoiser).register_forward_hook(add)
+        try: yield
+        finally: handle.remove()
+
+def _channels(features, channels) -> int:
+    "How many channels the features have, or a clear refusal"
+    for f in features:
+        if not callable(f): raise TypeError(f'a feature is a function of a step, got {f!r}')
+    return check_whole('channels', channels, 1 if features else 0)
 
 class FineTuned(Drift):
     "The drift of a trainable copy of the prior's denoiser: its guess in place of the prior's"
@@ -59,44 +71,44 @@ class FineTuned(Drift):
         if not any(p.is_floating_point() for p in denoiser.parameters()):
             raise ValueError(f'{type(denoiser).__name__} has no parameters to fine-tune: '
                 'use a NetDrift')
-        channels = check_whole('channels', channels, 1 if features else 0)
+        channels = _channels(features, channels)
         self.denoiser, self.features = copy.deepcopy(denoiser).requires_grad_(True), features
-        if features:
-            net = getattr(self.denoiser, 'net', self.denoiser)
-            self.denoiser.net = _Beside(net, channels)
+        self.beside = _Beside(denoiser, channels) if features else None
+    def guess(self, step:Step) -> Tensor: return self.denoiser(step.x, step.t)
     def forward(self, step:Step) -> Tensor:
-        if not self.features:
-            return step.as_drift(self.denoiser(step.x, step.t) - step.x0_hat)
-        seen = self.denoiser.net
-        seen._shown = torch.cat([f(step) for f in self.features], 1)
-        try: guess = self.denoiser(step.x, step.t)
-        finally: seen._shown = None
+        if not self.features: return step.as_drift(self.guess(step) - step.x0_hat)
+        seen = torch.cat([f(step) for f in self.features], 1)
+        with self.beside.shown(self.denoiser, seen): guess = self.guess(step)
         return step.as_drift(guess - step.x0_hat)
 
 # %% ../nbs/04a_drifts.ipynb #5f739d7a
 def attention_or_convolution(name:str, layer:nn.Module) -> bool:
     "Whether LoRA adapts this layer: convolutions, and projections into and out of attention"
-    return isinstance(layer, nn.Conv2d) or name.split('.')[-1] in ('qkv', 'proj')
+    projections = 'qkv', 'proj', 'to_q', 'to_k', 'to_v', 'to_out' # ours, and diffusers'
+    return isinstance(layer, nn.Conv2d) or any(n in projections for n in name.split('.')[-2:])
 
 # %% ../nbs/04a_drifts.ipynb #527a970f
-class LoRA(Drift):
+class LoRA(FineTuned):
     "The drift of the prior's own denoiser with weights W + alpha/rank B A (Hu et al. 2021)"
     lr = 1e-3
     @torch.inference_mode(False)
     def __init__(self, denoiser:nn.Module, # the prior's, used in place
+        *features, # as for `FineTuned`
+        channels=0, # how many the features have together
         rank=8, # a layer gets less where it is smaller
         alpha=None, # rank if None
         layers=attention_or_convolution # (name, layer) -> whether to adapt a Linear or Conv2d
         ):
-        super().__init__()
-        rank = check_whole('rank', rank)
+        Drift.__init__(self)
+        rank, channels = check_whole('rank', rank), _channels(features, channels)
         self.scale = 1. if alpha is None else check_number('alpha', alpha)/rank
         chosen = {n: m.weight for n, m in denoiser.named_modules()
                   if isinstance(m, (nn.Linear, nn.Conv2d)) and layers(n, m)}
         if not chosen:
             raise ValueError(f'LoRA finds no layer of {type(denoiser).__name__} to adapt: '
                 '`layers` must choose some Linear or Conv2d')
-        self.__dict__['denoiser'] = denoiser
+        self.__dict__['denoiser'], self.features = denoiser, features
+        self.beside = _Beside(denoiser, channels) if features else None
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, W in chosen.items():
             rows, columns = len(W), W[0].numel()
@@ -116,9 +128,8 @@ def weights(self:LoRA) -> dict: # by the denoiser's own names
     return res
 
 @patch
-def forward(self:LoRA, step:Step) -> Tensor:
-    guess = functional_call(self.denoiser, self.weights(), (step.x, step.t))
-    return step.as_drift(guess - step.x0_hat)
+def guess(self:LoRA, step:Step) -> Tensor:
+    return functional_call(self.denoiser, self.weights(), (step.x, step.t))
 
 # %% ../nbs/04a_drifts.ipynb #6b73e73e
 @patch

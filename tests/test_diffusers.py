@@ -7,14 +7,18 @@ from diffusers import (DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscrete
     PNDMScheduler, UNet2DModel)
 from diffusers.schedulers import scheduling_ddpm
 from project import experiments, name
+from rtb_nb.amortise import Bank, MaximumLikelihood
+from rtb_nb.behaviours import OnPolicy
 from rtb_nb.denoise import VDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.posterior import Drift, Posterior
-from rtb_nb.guidance import DPS, PiGDM
+from rtb_nb.drifts import LoRA
+from rtb_nb.guidance import DPS, PiGDM, measurement_feature
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.operators import Mask
 from rtb_nb.pretrained import Clipped, from_diffusers, pretrained_denoiser, respaced
 from rtb_nb.schedule import Cosine
+from rtb_nb.train import Trainer
 
 def network(**config):
     torch.manual_seed(0)
@@ -125,6 +129,24 @@ def test_posteriors_can_be_built_on_it(unet):
     difference = posterior.log_prob(tau) - posterior.prior.log_prob(tau)
     torch.testing.assert_close(posterior.log_ratio(tau), difference, rtol=0, atol=.02)
     assert difference.abs().min() > .1
+
+def test_adapters_of_its_layers_learn_every_measurement(unet):
+    "LoRA on a diffusers network that sees y: from the prior, by pairs and by own paths"
+    torch.manual_seed(0)
+    prior = from_diffusers(unet, DDPMScheduler(), steps=4, variance_type='fixed_large')
+    problem = InverseProblem(prior, Likelihood(Mask(torch.ones(1, 16, 16)), .5))
+    lora = LoRA(prior.denoiser, measurement_feature, channels=1, rank=2)
+    assert any('to_q' in n for n in lora.A) and any('to_out' in n for n in lora.A)
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor(.5)
+    posterior, before = problem.posterior([lora]), prior.denoiser(x, t)
+    tau = posterior.simulate(problem.simulate(2)[1], 2)
+    torch.testing.assert_close(posterior.log_ratio(tau), torch.zeros(2), rtol=0, atol=1e-2)
+    first = [p.detach().clone() for p in lora.parameters()]
+    MaximumLikelihood(posterior, Bank.of(prior, 8), 8).fit(None, 3, log=str)
+    Trainer(posterior, OnPolicy(posterior, 4)).fit(problem.simulate(1)[1], 2, log=str)
+    moved = [not torch.equal(a, b) for a, b in zip(first, lora.parameters())]
+    assert sum(moved) > .9*len(moved)
+    assert torch.equal(prior.denoiser(x, t), before)
 
 def test_times_may_differ_within_a_batch(unet):
     prior = from_diffusers(unet, DDPMScheduler(), steps=10)

@@ -6,7 +6,6 @@ from rtb_nb.behaviours import OnPolicy
 from rtb_nb.checkpoints import flat_state, load_state, load_tensors, save_tensors
 from rtb_nb.denoise import GaussianDenoiser, VDenoiser
 from rtb_nb.diffusion import Diffusion
-from rtb_nb.pretrained import Clipped
 from rtb_nb.posterior import Posterior
 from rtb_nb.drifts import EvidenceNet, FineTuned, LoRA, NetDrift
 from rtb_nb.guidance import Gate, GuideShift, MomentMatching, measurement_feature
@@ -22,7 +21,8 @@ nets = {'UNet': lambda **kw: UNet(8, widths=(8, 16), **kw),
 forms = {'FineTuned': FineTuned,
          'LoRA': lambda d: LoRA(d, rank=2),
          'LoRA everywhere': lambda d: LoRA(d, rank=2, layers=lambda name, layer: True),
-         'FineTuned that sees y': lambda d: FineTuned(d, measurement_feature, channels=1)}
+         'FineTuned that sees y': lambda d: FineTuned(d, measurement_feature, channels=1),
+         'LoRA that sees y': lambda d: LoRA(d, measurement_feature, channels=1, rank=2)}
 both = pytest.mark.parametrize('form', forms)
 
 def inpainting(net='UNet', seed=0):
@@ -92,6 +92,27 @@ def test_lora_is_the_merged_network():
     step = Posterior(prior, []).step(x, k, None, prior.denoise(x, k))
     assert lora(step).abs().max() > .01
     torch.testing.assert_close(lora(step), copied(step), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('net', nets)
+def test_channels_beside_are_those_of_a_wider_convolution(net):
+    problem = inpainting(net)
+    prior = problem.prior
+    drift = FineTuned(prior.denoiser, lambda s: s.x.square(), lambda s: s.x, channels=2)
+    torch.nn.init.normal_(drift.beside.net.weight, std=.2)
+    x, k = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 3])
+    step = Posterior(prior, []).step(x, k, None, prior.denoise(x, k))
+    wide, old = copy.deepcopy(prior.denoiser), prior.denoiser.net.stem
+    stem = torch.nn.Conv2d(3, old.out_channels, old.kernel_size, padding=old.padding)
+    with torch.no_grad():
+        stem.weight.copy_(torch.cat([old.weight, drift.beside.net.weight], 1))
+        stem.bias.copy_(old.bias)
+    wide.net.stem, wide.net.in_channels = stem, 3
+    guess = step.x0_hat + drift(step)*step.std/step.c0
+    a, s = (v.reshape(-1, 1, 1, 1) for v in prior.denoiser.schedule(step.t))
+    seen = torch.cat([x, x.square(), x], 1)
+    torch.testing.assert_close(guess, a*x - s*wide.net(seen, step.t), rtol=1e-4, atol=1e-4)
+    assert drift(step).abs().max() > .01
+    assert not drift.denoiser.net.stem._forward_hooks
 
 def test_lora_holds_its_adapters_alone():
     prior = inpainting().prior
@@ -266,6 +287,10 @@ def test_whole_numbers_of_any_type():
     net = PatchTransformer(np.int64(8), patch=patch, width=width, stem=4, depth=1)
     assert net(torch.zeros(1, 1, 8, 8), torch.tensor(.5)).shape == (1, 1, 8, 8)
 
+def test_a_rank_is_no_feature():
+    with pytest.raises(TypeError, match='a feature is a function of a step, got 4'):
+        LoRA(unet(), 4)
+
 def test_drifts_made_in_inference_mode_can_be_trained():
     problem = inpainting()
     with torch.inference_mode():
@@ -295,9 +320,11 @@ refusals = {
     'nothing to fine-tune': (
         lambda: FineTuned(GaussianDenoiser(torch.zeros(2), torch.eye(2), Cosine())),
         'GaussianDenoiser has no parameters to fine-tune'),
-    'features of a clipped guess': (
-        lambda: FineTuned(Clipped(unet()), measurement_feature, channels=1),
-        'Clipped has no stem to widen: features need a UNet'),
+    'features of a vector': (lambda: FineTuned(
+        VDenoiser(VectorNet(2, 2), Cosine()), measurement_feature, channels=1),
+        'VDenoiser has no convolution to show features to: use a NetDrift'),
+    'features without channels': (lambda: LoRA(unet(), measurement_feature),
+        'channels must be a positive whole number, got 0'),
     'wrong image': (wrong_image, 'images of shape (1, 8, 8), got (1, 4, 4)'),
     'no shape': (lambda: EvidenceNet(()), 'y_shape must be the shape of one measurement'),
     'a number for a shape': (lambda: EvidenceNet(3), 'such as (1, 32, 32), got 3'),

@@ -88,7 +88,7 @@ def test_drifts_name_their_settings_and_their_size():
     assert repr(MomentMatching()) == 'MomentMatching()'
     assert repr(Gate(DPS(.3))) == 'Gate(DPS(scale=0.3), lr=0.01, 21 parameters)'
     assert repr(FineTuned(prior.denoiser)) == f'FineTuned(VDenoiser, {size:,} parameters)'
-    assert re.fullmatch(r'LoRA\(scale=1.0, [\d,]+ parameters\)', repr(LoRA(prior.denoiser, 2)))
+    assert re.fullmatch(r'LoRA\(scale=1.0, [\d,]+ parameters\)', repr(LoRA(prior.denoiser)))
     net = NetDrift(VectorNet(6, 2), measurement_feature, GuideShift(CLA()))
     assert repr(net).startswith('NetDrift(VectorNet, measurement_feature, GuideShift(CLA()), ')
 
