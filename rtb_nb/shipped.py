@@ -122,7 +122,8 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     tensors, card = load_tensors(path)
     if not {'recipe', 'belongs'} <= card.keys():
         raise ValueError(f'{path} holds no posterior: write one with save_posterior')
-    remedy = f"it goes with {card.get('load', 'the prior and chain that its card names')}"
+    remedy = 'it goes with ' + (f'prior_of({str(name)!r})' if 'chain' in card else
+                                'the prior and chain that its card names')
     check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path, remedy)
     posterior = problem.posterior(family_drifts(problem, **card['recipe']))
     try: load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
