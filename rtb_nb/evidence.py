@@ -7,7 +7,7 @@ __all__ = ['standard_error', 'elbo', 'eubo', 'log_mean_exp', 'effective_sample_s
            'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats', 'reweighted', 'sandwich']
 
 # %% ../nbs/15_evidence.ipynb #39733c5b
-import math
+import math, warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,6 +138,15 @@ def _beside_truth(problem, x, y, truth, perceptual, chunk) -> dict:
     apart = [perceptual(part, truth) for part in x.split(chunk)]
     return numbers | dict(lpips=torch.cat(apart).mean())
 
+# %% ../nbs/15_evidence.ipynb #e02ff86d
+def _hint_at_units(y, mean): # measurements, and what the operator makes of samples
+    "Warn of a measurement that lies far outside what samples give"
+    (least, most), (low, high) = (v.aminmax() for v in (y, mean))
+    if most > 2*high - low or least < 2*low - high:
+        warnings.warn(f'y runs from {least:.3g} to {most:.3g}, and what the operator makes of '
+            f'the samples from {low:.3g} to {high:.3g}: are they in the same units?',
+            stacklevel=4)
+
 # %% ../nbs/15_evidence.ipynb #16d75c5d
 def score_samples(problem, # an `InverseProblem`
     x, # samples (n, ...), from wherever
@@ -160,6 +169,7 @@ def score_samples(problem, # an `InverseProblem`
                    diversity=diversity(x) if n > 1 else None)
     if problem.likelihood.std is not None:
         numbers['chi2'] = torch.cat([problem.chi2(part, y) for part in parts]).mean()
+        if numbers['chi2'] > 100: _hint_at_units(y, problem.operator(parts[0]))
     if truth is not None:
         numbers |= _beside_truth(problem, x, y, torch.as_tensor(truth).to(x), perceptual, chunk)
     return as_floats(numbers)

@@ -1,5 +1,5 @@
 "Evidence against closed forms; what is broken is nan, what is undefined None"
-import math
+import math, warnings
 import numpy as np, pytest, torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from rtb_nb.amortise import joint_paths, paired_log_weights
@@ -217,3 +217,15 @@ def test_sandwich_of_a_broken_sampler_is_nan():
     assert (found['measurements'], found['n']) == (3, 2)
     with pytest.raises(ValueError, match='no measurement'):
         sandwich(problem.posterior([]), problem.prior.simulate(2))
+
+
+@pytest.mark.parametrize('units, hint', [(lambda y: (y + 1)*127.5, True), (lambda y: y, False),
+    (lambda y: (y + 1)/2, False)], ids=['bytes', 'its own', 'half'])
+def test_a_measurement_in_other_units_is_hinted_at(units, hint):
+    problem = plane(4)
+    torch.manual_seed(0)
+    posterior, y = problem.posterior([]), units(torch.tensor([[.9]]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        evaluate(posterior, y, 64)
+    assert any('in the same units?' in str(w.message) for w in said) == hint
