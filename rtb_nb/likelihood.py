@@ -129,7 +129,10 @@ def y_shape(self:Likelihood, shape # of one x
     if known is not None: return tuple(known)
     like = next((v for v in self.operator.parameters()), torch.zeros(())) if isinstance(
         self.operator, nn.Module) else torch.zeros(())
-    with torch.no_grad(): return tuple(self.mean(like.new_zeros(1, *shape)).shape[1:])
+    with torch.no_grad():
+        x = like.new_zeros(1, *shape)
+        one = self.operator(x) # an operator of a whole batch may answer more than one
+        return tuple((one if one.ndim > 1 else self.mean(x)).shape[1:])
 
 @patch
 def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of the wanted kind
