@@ -17,14 +17,17 @@ from .networks import zero_
 from .schedule import check_number, check_whole
 
 # %% ../nbs/04a_drifts.ipynb #6e50a8e9
+def _check_features(features):
+    for f in features:
+        if not callable(f): raise TypeError(f'a feature is a function of a step, got {f!r}')
+
 class NetDrift(Drift):
     "A drift from a network that sees x, x0_hat and features of the step, side by side"
     def __init__(self, net, # called as net(seen, t), seen stacked along the channels
         *features # Step -> (B, channels, ...) with the image's size
         ):
         super().__init__()
-        for f in features:
-            if not callable(f): raise TypeError(f'a feature is a function of a step, got {f!r}')
+        _check_features(features)
         self.net, self.features = net, features
     def forward(self, step:Step) -> Tensor:
         seen = torch.cat([step.x, step.x0_hat, *(f(step) for f in self.features)], 1)
@@ -55,8 +58,7 @@ class _Beside(nn.Module):
 
 def _channels(features, channels) -> int:
     "How many channels the features have, or a clear refusal"
-    for f in features:
-        if not callable(f): raise TypeError(f'a feature is a function of a step, got {f!r}')
+    _check_features(features)
     return check_whole('channels', channels, 1 if features else 0)
 
 class FineTuned(Drift):

@@ -186,10 +186,10 @@ def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph i
     inner = x.requires_grad and torch.is_grad_enabled()
     return (x, True) if inner else (x.detach().requires_grad_(), False)
 
-def _differentiable(value:Tensor) -> Tensor:
-    "The value, if the operator let a gradient through"
+def _differentiable(value:Tensor, part='operator') -> Tensor:
+    "The value, if this part let a gradient through"
     if value.requires_grad: return value
-    raise ValueError('the operator lets no gradient through, as numpy, round() and detach() do '
+    raise ValueError(f'the {part} lets no gradient through, as numpy, round() and detach() do '
         'not: use torch in it, or a drift that needs none: image_drifts(problem, '
         'feature=f)[1:] with an f(step) that shows y as an image')
 
@@ -199,7 +199,8 @@ def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
     "Gradient in x_t of a function of the guess, through the denoiser"
     with gradients(what):
         x, inner = _leaf(step.x)
-        found = _differentiable(value(denoiser(x, step.t)))
+        guess = _differentiable(denoiser(x, step.t), 'denoiser')
+        found = _differentiable(value(guess))
         return torch.autograd.grad(found, x, create_graph=inner)[0]
 
 # %% ../nbs/10_guidance.ipynb #3fb9ef7c

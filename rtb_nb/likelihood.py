@@ -265,8 +265,8 @@ class InverseProblem(Described, nn.Module):
         y:Tensor # their measurements (B, ...), or one (1, ...)
         ) -> Tensor: # (B,)
         "`residual_chi2` of samples, over what the operator sees of each"
-        mean = self.likelihood.mean(x)
-        return residual_chi2(y, mean, self.noise_std, self.likelihood.seen(mean))
+        std, mean = self.noise_std, self.likelihood.mean(x)
+        return residual_chi2(y, mean, std, self.likelihood.seen(mean))
     def describe(self) -> dict:
         return {'prior': self.prior.brief} | self.likelihood.describe()
     def posterior(self, drifts:list) -> Posterior:

@@ -66,8 +66,9 @@ class Posterior(Diffusion):
         if isinstance(prior, Posterior):
             raise TypeError('a posterior is a prior once its measurement is given: '
                 'use posterior.given(y)')
-        odd = [drifts] if isinstance(drifts, nn.Module|type) else [
-            d for d in drifts if not isinstance(d, nn.Module)]
+        drifts = list(drifts) if hasattr(drifts, '__iter__') else drifts
+        odd = [d for d in drifts if not isinstance(d, nn.Module)] if isinstance(
+            drifts, list) else [drifts]
         if odd: raise TypeError('drifts are a list of drifts, such as [MomentMatching()], got '
             f'{getattr(odd[0], "__name__", odd[0])}')
         self.prior, self.drifts = prior.requires_grad_(False), nn.ModuleList(drifts)

@@ -333,7 +333,7 @@ def fit(self:Trainer, y, # measurements (M, ...); None: the behaviour brings its
     every = max(1, iterations//10) if every is None else check_whole('every', every)
     anneal = check_number('anneal', anneal, '[0, 1]')
     if y is not None: y = self.problem.measurement(y)
-    if self.path and self.path.is_file() and not self.step:
+    if self.path and self.path.is_file() and not (self.step or self.last_good):
         raise FileExistsError(f'{self.path} holds a run: resume() before fit(), or delete it')
     self.belongs_to(y)
     if self.step >= iterations:

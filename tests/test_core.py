@@ -61,6 +61,13 @@ def mixture_prior():
 def bare(prior=None): # a problem whose operator knows nothing of itself
     return InverseProblem(prior or plane().prior, Likelihood(torch.sin, .1))
 
+def blind(): # a prior whose guess has no gradient
+    class Blind(type(plane().prior.denoiser)):
+        def forward(self, x, t): return super().forward(x, t).detach()
+    problem = plane()
+    problem.prior.denoiser.__class__ = Blind
+    return problem
+
 def bare_of(operator): return InverseProblem(plane().prior, Likelihood(operator, .1))
 
 def counted(y):
@@ -155,6 +162,8 @@ refusals = {
         TypeError, 'got str and Likelihood'),
     'a drift for drifts': (lambda _: plane().posterior(CLA()),
         TypeError, 'a list of drifts, such as [MomentMatching()], got CLA'),
+    'a denoiser without a gradient': (lambda _: blind().posterior([DPS()]).sample(Y, 2),
+        ValueError, 'the denoiser lets no gradient through'),
     'a class for a drift': (lambda _: plane().posterior([CLA]),
         TypeError, 'such as [MomentMatching()], got CLA'),
     'half a sample': (lambda _: plane().posterior([]).sample(Y, 2.),
@@ -509,3 +518,8 @@ def test_a_physics_brings_its_noise():
     assert Likelihood(physics(.2), .2).noise_std == .2
     with pytest.raises(ValueError, match='noise of 0.2 of its own, got noise_std 0.1'):
         Likelihood(physics(.2), .1)
+
+@pytest.mark.parametrize('form', [list, tuple, iter, torch.nn.ModuleList])
+def test_drifts_come_as_any_sequence(form):
+    drifts = [GaussianMatching(), NetDrift(VectorNet(4, 2, width=16))]
+    assert list(plane().posterior(form(drifts)).drifts) == drifts

@@ -4,7 +4,7 @@ import pytest, torch
 from rtb_nb.experiment import read_records, run_record
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.objective import RTB, Adaptive, Huber, NetLogZ, Ramp, ScalarLogZ
-from rtb_nb.train import Guard, Trainer
+from rtb_nb.train import Diverged, Guard, Trainer
 from test_core import Y, learned, plane, same, trainer, weights
 
 refusals = {
@@ -82,6 +82,15 @@ def test_a_run_is_not_written_over(tmp_path):
     assert path.read_bytes() == before
     again = trainer(path=path).resume().fit(Y, 6, log=str)
     assert again.step == 6 and 'iteration 6' in repr(again)
+
+def test_a_run_given_up_at_once_can_be_resumed(tmp_path):
+    path = tmp_path/'run.safetensors'
+    def never(y): raise Diverged('at once')
+    given_up = trainer(path=path)
+    given_up.iterate = never
+    with pytest.raises(Diverged): given_up.fit(Y, 4, log=str)
+    back = trainer(path=path).resume()
+    assert back.step == 0 and back.fit(Y, 4, log=str).step == 4
 
 def test_twenty_kills(tmp_path):
     path, n = tmp_path/'run.safetensors', 120
