@@ -257,7 +257,7 @@ def _provenance(records) -> list: # sentences, none if all is well
     "What is to be said of where the records come from"
     commits = [str(r.get('commit') or '') for r in records]
     said = {'come from a modified checkout (a commit with +)': lambda c: c.endswith('+'),
-            'are older than the code': _outdated}
+            'were made by earlier versions of the package': _outdated}
     counts = {what: sum(map(true, commits)) for what, true in said.items()}
     return [f'{n} of {len(records)} records {what}' for what, n in counts.items() if n]
 

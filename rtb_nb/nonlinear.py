@@ -84,6 +84,7 @@ class FourierMagnitude(nn.Module):
         oversample=2.): # zeros on each side: int(oversample/8*side)
         super().__init__()
         C, H, W = self.in_shape = image_shape(shape)
+        self.blocks = C # each colour by itself, and all alike
         oversample = check_number('oversample', oversample, '[0, inf)')
         self.pad = int(oversample/8*H), int(oversample/8*W)
         self.out_shape = C, H + 2*self.pad[0], W + 2*self.pad[1]
@@ -109,6 +110,7 @@ class NonlinearBlur(nn.Module):
         self.gamma = check_number('gamma', gamma, '[1, inf)')
         self.knee, self.blur = check_number('knee', knee, '(0, 1)'), Blur(kernel, shape)
         self.in_shape, self.out_shape = self.blur.in_shape, self.blur.out_shape
+        self.blocks = self.blur.blocks
     def forward(self, x):
         check_batch(x, self.in_shape, 'x')
         brightness = (at_least_single(x)+1)/2

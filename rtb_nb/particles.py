@@ -59,17 +59,23 @@ def filters(n:int, particles:int, keep:int) -> tuple: # how many filters, and pa
 # %% ../nbs/11a_particles.ipynb #5f775b06
 class Tangent:
     "A(x0) + J (x - x0): an operator made linear at each sample's own x0; solved in float64"
-    def __init__(self, operator, x0:Tensor # (B, ...)
+    def __init__(self, operator, # called as operator(x)
+        x0:Tensor # (B, ...)
         ):
-        jacobian = torch.func.vmap(torch.func.jacrev(lambda v: operator(v[None])[0]))
-        with torch.enable_grad(): J = jacobian(x0.detach())
-        at = operator(x0)
-        self.J = J.reshape(len(x0), at[0].numel(), x0[0].numel()).double()
+        at, blocks = operator(x0), getattr(operator, 'blocks', 1) # equal, one for each colour
+        rows = torch.eye(at[0].numel()//blocks).to(at)
+        rows = rows.repeat(1, blocks).reshape(-1, *at.shape[1:]) # of every block at once
+        def jacobian(x):
+            _, pull = torch.func.vjp(lambda v: operator(v[None])[0], x)
+            return torch.func.vmap(pull)(rows)[0]
+        with torch.enable_grad(): J = torch.func.vmap(jacobian)(x0.detach())
+        self.J = J.reshape(*J.shape[:2], blocks, -1).transpose(1, 2).flatten(0, 1).double()
         self.y_shape, self.x_shape, self.offset, self.factors = at.shape, x0.shape, 0., {}
         self.wide = self.J.shape[1] <= self.J.shape[2]
         self.gram = self.J @ self.J.mT if self.wide else self.J.mT @ self.J
         self.offset = at - self(x0)
-    def times(self, M, v): return (M @ v.flatten(1).double()[..., None])[..., 0]
+    def by_block(self, v): return v.reshape(len(self.J), -1, 1).double()
+    def times(self, M, v): return M @ self.by_block(v)
     def __call__(self, x):
         return self.times(self.J, x).to(x.dtype).reshape(self.y_shape) + self.offset
     def adjoint(self, y): return self.times(self.J.mT, y).to(y.dtype).reshape(self.x_shape)
@@ -79,12 +85,13 @@ class Tangent:
             self.factors[a, b] = torch.linalg.cholesky(a*self.gram + b*I)
         return self.factors[a, b]
     def gram_solve(self, v, a, b):
-        L, w = self.factor(a, b), v.flatten(1).double()[..., None]
+        L, w = self.factor(a, b), self.by_block(v)
         if self.wide: w = torch.cholesky_solve(w, L)
         else: w = (w - a*self.J @ torch.cholesky_solve(self.J.mT @ w, L))/b
         return w.reshape(v.shape).to(v.dtype)
     def log_det(self, a, b): # (B,): of a J J^T + b, up to what all samples share
-        return 2*self.factor(a, b).diagonal(dim1=1, dim2=2).log().sum(1)
+        logs = self.factor(a, b).diagonal(dim1=1, dim2=2).log()
+        return 2*logs.reshape(self.x_shape[0], -1).sum(1)
 
 # %% ../nbs/11a_particles.ipynb #d365e38f
 @sampler

@@ -242,7 +242,7 @@ def test_a_table_says_where_its_records_come_from(monkeypatch):
     monkeypatch.setattr(experiment, 'ask_git', said)
     t = table(records)
     assert t.notes == ['2 of 7 records come from a modified checkout (a commit with +)',
-                       '2 of 7 records are older than the code']
+                       '2 of 7 records were made by earlier versions of the package']
     assert repr(t).splitlines()[-2:] == t.notes
     assert t._repr_markdown_().endswith(f'\n\n*{t.notes[0]}*\n\n*{t.notes[1]}*')
     assert table([r for r in records if r['commit'] == 'bbbbbbb']).notes == []

@@ -8,11 +8,12 @@ from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
 from rtb_nb.guidance import DPS
+from rtb_nb.imaging import motion_kernel
 from rtb_nb.inner import adam_fit, daps, exact_draw, langevin, mgdm
 from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted
 from rtb_nb.photons import PhotonNoise
 from rtb_nb.operators import Matrix
-from rtb_nb.nonlinear import Compose
+from rtb_nb.nonlinear import Compose, FourierMagnitude, NonlinearBlur
 from rtb_nb.particles import Tangent, fps, observe, resampled, twisted
 from rtb_nb.samplers import (CLEAN, CallCounter, Level, Samples, ancestral, bridge, chance,
     cla, cla_ve, ddrm, dps, ladder, law, max_ratio, pigdm)
@@ -135,6 +136,19 @@ def test_log_det_is_right_up_to_what_all_share():
     t = Tangent(lambda x: (x @ A.T).sin(), torch.randn(3, 2, dtype=f64))
     whole = torch.logdet(.7*t.J @ t.J.mT + .2*torch.eye(6, dtype=f64))
     assert (t.log_det(.7, .2) - whole).diff().abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('operator', [FourierMagnitude((3, 6, 6)),
+                                      NonlinearBlur(motion_kernel(3, seed=0), (3, 6, 6))])
+def test_tangent_colour_by_colour_is_that_of_the_whole_image(operator):
+    x = torch.rand(2, 3, 6, 6, dtype=f64) - .5
+    short, whole = Tangent(operator, x), Tangent(lambda x: operator(x), x)
+    assert len(short.J) == 3*len(whole.J)
+    y, other = operator(x) + .1, torch.randn_like(x)
+    pairs = ((short(other), whole(other)), (short.adjoint(y), whole.adjoint(y)),
+        (short.gram_solve(y, .7, .2), whole.gram_solve(y, .7, .2)))
+    for mine, theirs in pairs: assert torch.allclose(mine, theirs, atol=1e-10)
+    assert (short.log_det(.7, .2) - whole.log_det(.7, .2)).diff().abs() < 1e-9
 
 
 def test_observe_draws_from_the_product():
