@@ -10,10 +10,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .covariance import Covariance, Spread
-from .denoise import bcast
+from .denoise import _no_autocast, bcast
 from .guidance import Guidance, Kept, weighed_residual
 from .matching import _linear
-from .operators import _no_autocast, at_least_single
+from .operators import at_least_single
 from .posterior import Step
 
 # %% ../nbs/10d_correlated.ipynb #424b4c32

@@ -14,6 +14,7 @@ from torch import Tensor
 from .amortise import gap, paired_log_weights
 from .likelihood import InverseProblem, as_double, residual_chi2
 from .schedule import check_whole
+from .tempered import systematic
 
 # %% ../nbs/15_evidence.ipynb #ca045103
 def as_values(values, dim=-1) -> Tensor: # float64
@@ -223,10 +224,8 @@ def reweighted(x, # samples (n, ...)
     if broken or not log_w.isfinite().any():
         raise FloatingPointError(f'{broken or len(log_w)} of {len(log_w)} log-weights are '
             + ('nan or infinite: the run diverged' if broken else '-inf: no weight is left'))
-    share = log_w.softmax(0).cumsum(0)
-    shift = torch.rand((), dtype=share.dtype, device=share.device)
-    at = (torch.arange(len(x), device=share.device) + shift)/len(x)
-    return x[torch.searchsorted(share, at).clamp(max=len(x)-1).to(x.device)]
+    i = systematic(log_w, torch.rand(1, dtype=log_w.dtype, device=log_w.device))
+    return x[i.to(x.device)]
 
 # %% ../nbs/15_evidence.ipynb #0e73d0fa
 def sandwich(posterior, # a `Posterior` of an `InverseProblem`

@@ -10,10 +10,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .denoise import bcast
+from .denoise import _no_autocast, bcast
 from .errors import PixelError
 from .guidance import MomentMatching, ProximalMatching
-from .operators import LinearOperator, Mask, _no_autocast
+from .operators import LinearOperator, Mask
 from .per_sample import _Diagonal
 from .posterior import Step
 from .schedule import check_number, check_whole

@@ -9,11 +9,11 @@ __all__ = ['event_shape', 'check_batch', 'check_matrix', 'at_least_single', 'Lin
 # %% ../nbs/07_operators.ipynb #71759711
 import math
 import warnings
-from contextlib import nullcontext
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .denoise import _no_autocast
 from .schedule import check_number, check_whole
 
 # %% ../nbs/07_operators.ipynb #9bcc9161
@@ -67,12 +67,6 @@ def check_matrix(values, name) -> Tensor: # (m, n) float64
 def at_least_single(v) -> Tensor:
     "Half precision and integers made single; what is more stays as it is"
     return v if v.dtype in (torch.float32, torch.float64) or v.is_complex() else v.float()
-
-def _no_autocast(v):
-    "A context in which products keep their precision"
-    kind = v.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 class LinearOperator(nn.Module):
     "y = A x + offset; a subclass defines `linear` (B, n) -> (B, m) and `transpose`"

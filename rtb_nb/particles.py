@@ -14,6 +14,7 @@ from .denoise import safe_alpha
 from .posterior import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
 from .schedule import check_number, check_whole
+from .tempered import systematic
 
 # %% ../nbs/11a_particles.ipynb #9a9e9685
 def observe(op, target, x, q:float, r:float, noise) -> Tensor: # (B, ...)
@@ -35,9 +36,7 @@ def uniform(noise, shape, like) -> Tensor:
 def resampled(log_w:Tensor, # (F, M): F filters of M particles
     noise) -> Tensor: # (F, M) indices within each filter
     "Systematic resampling: particle i has about M w_i offspring"
-    F, M = log_w.shape
-    u = (uniform(noise, (F, 1), log_w) + torch.arange(M, device=log_w.device))/M
-    return torch.searchsorted(log_w.softmax(1).cumsum(1), u.contiguous()).clamp(max=M-1)
+    return systematic(log_w, uniform(noise, (len(log_w), 1), log_w))
 
 def chosen(F:int, M:int, keep:int, noise, like) -> Tensor: # (F, keep)
     "Which particles of each filter to hand out: evenly spaced from a random first"

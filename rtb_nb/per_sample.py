@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from .data import _file, data_path
+from .denoise import _no_autocast
 from .imaging import (Blur, Separable, _Correlation, _correlate_back, image_shape,
     mirror_index, motion_kernel)
-from .operators import (LinearOperator, _finite, _like, _no_autocast, _per_sample,
-    at_least_single, check_batch, event_shape)
+from .operators import (LinearOperator, _finite, _like, _per_sample, at_least_single,
+    check_batch, event_shape)
 from .schedule import check_number, check_whole
 
 # %% ../nbs/07d_per_sample.ipynb #eb9db365
