@@ -126,7 +126,7 @@ class Ramp(nn.Module):
 def next_beta(log_r:Tensor, # untempered (B,), not all equal
     beta:float, fraction=.5, # of the batch, that the effective sample size stays above
     y=None, points=256) -> float: # at most 1
-    "`next_temperature` (chapter 09d) on a grid, each measurement's paths reweighted by themselves"
+    "`next_temperature` of chapter 09d on a grid, each measurement's paths by themselves"
     ok = log_r.isfinite()
     g, log_r = groups(None if y is None else y[ok], int(ok.sum()), None), log_r[ok].double()
     if not len(log_r): return beta
