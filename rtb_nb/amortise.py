@@ -50,6 +50,9 @@ def gap(joint:Tensor, # log-weights of joint paths (M,)
     own:Tensor # log-weights of own paths of the same measurements (M, n)
     ) -> tuple: # mean over measurements and its standard error, in nats
     "Upper minus lower bound on the evidence, paired per measurement"
+    if joint.ndim != 1 or own.ndim != 2 or len(own) != len(joint):
+        raise ValueError('log-weights must be (M,) of joint paths and (M, n) of own ones, got '
+            f'{tuple(joint.shape)} and {tuple(own.shape)}')
     each = joint.double() - own.double().mean(1)
     return each.mean().item(), (each.std()/len(each)**.5).item() if len(each) > 1 else None
 
@@ -65,6 +68,8 @@ class Bank:
         ) -> 'Bank':
         "Draw `n` paths of the prior: n K network calls, the last that maximum likelihood makes"
         n = check_whole('n', n, hint='the number of paths')
+        if not isinstance(prior, Diffusion):
+            raise TypeError(f'a bank is of a prior, got {type(prior).__name__}: problem.prior')
         sizes = [min(chunk, n-i) for i in range(0, n, check_whole('chunk', chunk))]
         return cls(Trajectories.cat([prior.simulate(m) for m in sizes]), prior)
     def __len__(self): return len(self.tau)
@@ -160,6 +165,8 @@ class Family(Likelihood):
     def __init__(self, members # `Likelihood`s, or a function () -> `Likelihood`
         ):
         torch.nn.Module.__init__(self)
+        if isinstance(members, Likelihood):
+            raise TypeError('members are a list of likelihoods or a function, got one: [it]')
         if not callable(members):
             members = torch.nn.ModuleList(members)
             if not len(members):

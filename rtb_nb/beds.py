@@ -53,7 +53,7 @@ def hole(steps=20, # K
     noise_std=.05, last_noise=.02, schedule=Cosine(.1)
     ) -> InverseProblem: # events (1, size, size), measurements of all pixels but the hole's
     "A Gaussian field of which all but the middle is measured"
-    size = check_whole('size', size, 4)
+    size = check_whole('size', size, 20, hint='the field is correlated over four pixels')
     seen, middle = torch.ones(1, size, size), slice(size//4, size - size//4)
     seen[:, middle, middle] = 0
     field = gaussian_field(size, .4, 4., schedule)

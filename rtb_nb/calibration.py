@@ -26,6 +26,8 @@ def interval_coverage(x, # samples (n, ...), two at least
     if n < 2: raise ValueError(f'an interval needs two samples (n, ...) or more, got {n}')
     if not x.isfinite().all(): return x.new_tensor(math.nan)
     below = exact.cdf(x.sort(0).values)
+    if below.shape != x.shape: raise ValueError('exact must have batch shape '
+        f'{tuple(x.shape[1:])} as the samples do, got {tuple(exact.batch_shape)}')
     below = torch.cat([torch.zeros_like(below[:1]), below, torch.ones_like(below[:1])])
     def at(place): # from 0 to n+1
         i = min(int(place), n)
@@ -167,7 +169,7 @@ def _null(n, terms, draws=50_000) -> Tensor: # (draws,), sorted
 def uniformity(u, # ranks (N,), or (N, R) that are pooled
     terms=2 # Legendre polynomials: location, width, skewness, ...
     ) -> Tensor: # p-value, a scalar, 2e-5 at least; nan where a rank is
-    "Neyman's smooth test of uniform ranks, over independent simulations"
+    "Neyman's smooth test (1937) of uniform ranks, over independent simulations"
     u, terms = _as_ranks(u), check_whole('terms', terms, 1, 8)
     if u.isnan().any(): return u.new_tensor(math.nan)
     null = _null(min(len(u), 1000), terms) # which moves no more beyond a thousand

@@ -46,7 +46,7 @@ class Denoiser(Bookkeeping):
     min_alpha = 0. # the least signal a guess can be made from; a wrapper has its denoiser's
     def __init__(self, schedule): # t -> (alpha, sigma)
         super().__init__()
-        if not callable(schedule):
+        if not callable(schedule) or isinstance(schedule, type):
             raise ValueError(f'{type(self).__name__} needs a schedule, got {schedule!r}: '
                              'pass one such as schedule=Cosine()')
         self.schedule = schedule
@@ -162,6 +162,9 @@ class GaussianDenoiser(Denoiser):
 def forward(self:GaussianDenoiser, x, t):
     "The guess, scaled in the eigenvectors"
     u = _at_least_single(x)
+    if u.ndim < 2 or u.flatten(1).shape[1] != self.mean.numel():
+        raise ValueError(f'x must be (B, ...) of {self.mean.numel()} numbers each, '
+                         f'got {tuple(u.shape)}')
     a, _ = self.schedule(widest(t))
     m, V = self.mean.flatten().to(u), self.vectors.to(u)
     with _no_autocast(u):
@@ -189,6 +192,9 @@ def gaussian_field(size:int, # pixels per side
     i = torch.arange(size, dtype=torch.float64)
     d = torch.minimum(i, size-i) # distance round the torus
     row = std**2*(-(d[:, None]**2 + d**2).sqrt()/length).exp()
+    if torch.fft.fft2(row).real.min() < -1e-9*row.sum():
+        raise ValueError(f'length {length:g} is too long for a torus of {size} pixels a side, '
+            'no field there has this covariance: shorten it, or take more pixels')
     shift = (i[:, None]-i).long() % size
     cov = row[shift[:, None, :, None], shift[None, :, None, :]].reshape(size**2, size**2)
     return GaussianDenoiser(torch.zeros(1, size, size), cov, schedule)
@@ -223,6 +229,9 @@ class MixtureDenoiser(Denoiser):
 @patch
 def forward(self:MixtureDenoiser, x, t):
     "The components' guesses, averaged"
+    if x.shape[1:] != self.means.shape[1:]:
+        raise ValueError(f'this mixture is over events {tuple(self.means.shape[1:])}, '
+                         f'got {tuple(x.shape[1:])}: give the prior that shape')
     u = _at_least_single(x)
     a, s = (bcast(c, u[:, None]) for c in self.schedule(widest(t)))
     m, v, lw = self.means.to(u), self.stds.to(u)[:, None]**2, self.log_weights.to(u)

@@ -91,6 +91,9 @@ class Trajectories(Described):
 @patch
 def __getitem__(self:Trajectories, i) -> Trajectories: # i indexes the batch: a slice or tensor
     "Some of the paths"
+    if isinstance(i, int) or getattr(i, 'ndim', 1) == 0:
+        raise TypeError(f'paths are picked by a slice or by a tensor of indices, got {i!r}: '
+                        'use tau[i:i+1] for one of them')
     pick = lambda v: None if v is None else v[i]
     x0_hat = None if self.x0_hat is None else self.x0_hat[:, i]
     return Trajectories(self.x[:, i], pick(self.y), x0_hat, pick(self.branch), self.guessed_by)

@@ -144,7 +144,7 @@ class FeatureDistance(LPIPS):
 def sliced_wasserstein(x, y, # samples (n, ...) and (m, ...) of the same event shape
     n_projections=128, seed=0
     ) -> Tensor: # a scalar, in the samples' units; nan where a sample is not finite
-    "Root mean square over random directions of the Wasserstein-2 distance of the projections"
+    "Sliced Wasserstein-2 distance (Bonneel et al. 2015): root mean square over directions"
     x, y = as_double(x), as_double(y)
     if x.ndim < 2 or x.shape[1:] != y.shape[1:] or not len(x) or not len(y):
         raise ValueError('x and y must be non-empty samples (n, ...) of one shape, '
@@ -193,7 +193,7 @@ def frechet_distance(x, y, # samples (n, ...) and (m, ...)
     features=None, # a network (B, ...) -> (B, F); None: x and y are vectors already
     chunk=256 # samples per call of `features`
     ) -> Tensor: # a scalar, squared as in FID; nan where a sample or feature is not finite
-    "Squared Wasserstein-2 distance of the Gaussians fitted to the features of two sets"
+    "Squared Wasserstein-2 distance of Gaussians fitted to features (Dowson & Landau 1982)"
     chunk = check_whole('chunk', chunk)
     (mx, rx), (my, ry) = _gaussian_fit(x, features, chunk), _gaussian_fit(y, features, chunk)
     if mx.shape != my.shape:
@@ -243,7 +243,7 @@ def fid(x, y, # images (n, C, H, W) and (m, C, H, W) in [-1, 1], 1 or 3 channels
     weights=None, # torch-fidelity's Inception file; None: in torch hub's cache
     batch=64
     ) -> float: # nan where a pixel is not finite
-    "Fréchet Inception distance, through torch-fidelity"
+    "Fréchet Inception distance (Heusel et al. 2017), through torch-fidelity"
     x, y = (_as_rgb(_paired_images(v, v)[0]) for v in (x, y))
     batch = check_whole('batch', batch)
     if min(len(x), len(y)) < 2:
@@ -294,7 +294,7 @@ def total_variation(p, q # shares (M,), each summing to 1
     return (p - q).abs().sum()/2
 
 # %% ../nbs/15a_distances.ipynb #867dda71
-def score_modes(x, # samples (n, D), in any order
+def score_modes(x, # samples (n, D), in any order: as many as in a set, or give their floor
     sets, # exact samples (S, m, D), in S sets
     means, weights, # the modes (M, D), and their exact shares (M,)
     floor=None, # `sliced_floor` of the sets, where it is known already
@@ -308,6 +308,7 @@ def score_modes(x, # samples (n, D), in any order
     floor = float(sliced_floor(sets) if floor is None else check_number('floor', floor))
     ends = x[:sets.shape[1]]
     apart = torch.stack([sliced_wasserstein(ends, s) for s in sets[:against]]).mean()
+    if not x.isfinite().all(): apart = apart.new_tensor(math.nan)
     asked = weights > check_number('least', least, '[0, 1)')
     modes = ((share > weights/2) & asked).sum() if share.isfinite().all() else math.nan
     return as_floats(dict(tv=total_variation(share, weights), sw=apart/floor, sw_floor=floor,

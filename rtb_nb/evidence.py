@@ -37,24 +37,24 @@ def standard_error(values, dim=-1) -> Tensor: # None for a single value
 
 # %% ../nbs/15_evidence.ipynb #6c1f984c
 def elbo(log_w, # log-weights of the sampler's own paths, (..., n)
-    ) -> tuple: # mean and its standard error
+    ) -> tuple: # mean and its standard error, in nats
     "Evidence lower bound: log Z minus KL(q || posterior)"
     return as_values(log_w).mean(-1), standard_error(log_w)
 
 def eubo(log_w, # log-weights of paths drawn from the true posterior, (..., n)
-    ) -> tuple: # mean and its standard error
-    "Evidence upper bound: log Z plus KL(posterior || q)"
+    ) -> tuple: # mean and its standard error, in nats
+    "Evidence upper bound: log Z plus KL(posterior || q) (Blessing et al. 2024)"
     return as_values(log_w).mean(-1), standard_error(log_w)
 
 # %% ../nbs/15_evidence.ipynb #ecf3375a
 def log_mean_exp(log_w, dim=-1) -> Tensor: # nats
-    "Importance-weighted estimate of log Z: the log of the mean weight"
+    "Importance-weighted estimate of log Z: log of the mean weight (Burda et al. 2016)"
     log_w = as_values(log_w, dim)
     return log_w.logsumexp(dim) - math.log(log_w.shape[dim])
 
 # %% ../nbs/15_evidence.ipynb #15fa7143
 def effective_sample_size(log_w, dim=-1) -> Tensor: # between 1 and the number of samples
-    "(sum w)^2 / sum w^2, in samples"
+    "(sum w)^2 / sum w^2, in samples (Kong 1992)"
     log_w = as_values(log_w, dim)
     return (2*log_w.logsumexp(dim) - (2*log_w).logsumexp(dim)).exp()
 

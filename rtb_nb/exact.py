@@ -141,9 +141,13 @@ def mean_shift(self:ExactChain, mu:Tensor, # the prior's mean (B, D)
 
 # %% ../nbs/09a_exact.ipynb #9e05423c
 class ExactPosterior(Diffusion):
-    "The posterior's own chain: exact mean and covariance of every step"
-    def __init__(self, exact:ExactChain):
+    "The posterior's own chain, of vectors (D,): exact mean and covariance of every step"
+    def __init__(self, exact:ExactChain): # made with keep=True
         nn.Module.__init__(self)
+        exact._check_kept()
+        if len(exact.prior.shape) != 1:
+            raise ValueError('ExactPosterior is a chain of vectors (D,), got events of shape '
+                f'{exact.prior.shape}: use exact.paths(n) or exact.posterior()')
         prior = exact.prior
         self.exact, self.prior, self.denoiser = exact, prior, prior.denoiser
         self.chain, self.shape, self.last_noise = prior.chain, prior.shape, prior.last_noise

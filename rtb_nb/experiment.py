@@ -66,7 +66,8 @@ def seed_everything(seed:int) -> int: # the seed
     return seed
 
 # %% ../nbs/17_experiment.ipynb #919078ea
-def device_of(name='auto') -> torch.device: # auto: cuda if torch sees one, else mps, else cpu
+def device_of(name='auto' # auto: cuda if torch sees one, else mps, else cpu
+    ) -> torch.device:
     "The device of that name, if it is there; mps has no float64, which stays on the CPU then"
     there = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
     if name == 'auto': name = next((kind for kind, n in there.items() if n), 'cpu')
@@ -80,7 +81,8 @@ def device_of(name='auto') -> torch.device: # auto: cuda if torch sees one, else
     return device
 
 # %% ../nbs/17_experiment.ipynb #e9e3c6c8
-def finished(path, params:dict, seed=None) -> list: # seed: None for any
+def finished(path, params:dict, seed=None # None: any
+    ) -> list: # of records
     "The results, diverged or not, that the file has of exactly these parameters; empty: none"
     if not Path(path).expanduser().exists(): return []
     params = from_plain(to_plain(params, 'params'))
@@ -165,6 +167,8 @@ def tune(values, # of the dial, the weakest first
         if halvings and not tried[value] >= 1: break # below one, or it failed: too strong
     if not tried: raise ValueError('a dial needs at least one value to try, got none')
     weak, strong = ([*tried]*2)[-2:]
+    if halvings and not min(weak, strong) > 0:
+        raise ValueError(f'halving is in the logarithm: values must be positive, got {weak}')
     for _ in range(halvings):
         middle = math.sqrt(weak*strong)
         tried[middle] = score(middle)

@@ -16,7 +16,7 @@ from .likelihood import Likelihood
 from .nonlinear import Compose
 from .operators import LinearOperator, at_least_single, check_batch
 from .per_sample import PerSample
-from .schedule import check_whole
+from .schedule import check_number, check_whole
 
 # %% ../nbs/09c_families.ipynb #0e01ba44
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class LensFamily:
     source_fov:float=2.5 # side of the source, arcsec
     def __post_init__(self):
         for name in ('einstein_radius', 'q', 'psf', 'noise_std'):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f'{name} must be a positive range (low, high), '
-                                 f'got {(low, high)}')
+            pair = getattr(self, name)
+            if (not isinstance(pair, (tuple, list)) or len(pair) != 2
+                or not 0 < pair[0] <= pair[1]): raise ValueError(f'{name} must be a positive '
+                    f'range (low, high), got {pair!r}')
+        if self.q[1] > 1: raise ValueError(f'q goes up to 1, a circle, got {self.q}')
+        check_number('centre', self.centre, '[0, inf)')
+        check_number('shear', self.shear, '[0, 1)')
 
 # %% ../nbs/09c_families.ipynb #49a5a8da
 def _between(low, high) -> float: return low + (high-low)*torch.rand(()).item()

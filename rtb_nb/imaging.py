@@ -179,7 +179,7 @@ class Blur(LinearOperator):
 def motion_kernel(size=61, # side
     intensity=.5, # 0: nearly straight, 1: wild
     seed=0) -> Tensor: # (size, size) float64, sums to 1
-    "The path of a shaken camera during one exposure"
+    "The path of a shaken camera (as LeviBorodenko's motionblur, used by Chung et al. 2023)"
     from PIL import Image, ImageDraw, ImageFilter
     size = check_whole('size', size, least=2)
     intensity = check_number('intensity', intensity, '[0, 1]')

@@ -31,10 +31,12 @@ def _code_shape(code, grid:tuple # height and width of the coarsest grid
 class Decoder(nn.Module):
     "Codes to images, about [-1, 1]"
     def __init__(self, in_shape, # of a code: (D,) or (channels, H/8, W/8)
-        out_shape, # of an image (C, H, W)
+        out_shape, # of an image (C, H, W), sides divisible by 8
         width=32): # channels of the coarse grids
         super().__init__()
         C, H, W = self.out_shape = tuple(out_shape)
+        if H % 8 or W % 8: raise ValueError('images must have sides divisible by 8, '
+                                            f'got {self.out_shape}')
         grid = H//8, W//8
         self.in_shape = _code_shape(in_shape, grid)
         flat, (D, *_) = len(self.in_shape) == 1, self.in_shape
@@ -162,11 +164,11 @@ def save_autoencoder(model:Autoencoder, # its weights are rounded, as the file's
     return save_weights(model.state_dict(), path, _autoencoder_ending, card, autoencoder=True)
 
 @torch.inference_mode(False)
-def load_autoencoder(path='mnist-16', # a shipped one, or a file that save_autoencoder wrote
+def load_autoencoder(name='mnist-16', # a shipped one, or a file that save_autoencoder wrote
     device='cpu'
     ) -> Autoencoder: # with its card in `model.card`
     "The autoencoder of a file"
-    path = shipped_file(path, 'autoencoder', _autoencoder_ending)
+    path = shipped_file(name, 'autoencoder', _autoencoder_ending)
     tensors, card = load_tensors(path)
     if not card.pop('autoencoder', False):
         raise ValueError(f'{path} holds no autoencoder: write one with save_autoencoder')
@@ -265,12 +267,12 @@ def save_mixture(mixture:MixtureDenoiser, path, # a name that ends in .mixture.s
     return save_weights({}, path, _mixture_ending, card, tensors, mixture=True)
 
 @torch.inference_mode(False)
-def load_mixture(path='mnist-16', # a shipped one, or a file that save_mixture wrote
+def load_mixture(name='mnist-16', # a shipped one, or a file that save_mixture wrote
     steps=40, last_noise=.02, start=1., spacing=None, # of the chain, see Diffusion
     device='cpu'
     ) -> Diffusion: # with its card in `prior.card`, and `prior.shares` if it has them
     "A mixture prior over codes"
-    path = shipped_file(path, 'mixture', _mixture_ending)
+    path = shipped_file(name, 'mixture', _mixture_ending)
     tensors, card = load_tensors(path)
     if not card.pop('mixture', False):
         raise ValueError(f'{path} holds no mixture: write one with save_mixture')

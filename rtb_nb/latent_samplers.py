@@ -29,7 +29,8 @@ def psld(problem, y, n, *,
     encode:Callable, # images (B, ...) -> codes (B, ...), such as lambda x: model.encode(x)[0]
     scale=.5, # eta, as zeta of `dps`
     glue=.1, # gamma
-    **options) -> Samples: # options: of ancestral
+    **options # of `ancestral`
+    ) -> Samples: # x (n, ...), and what it cost
     "Posterior sampling with latent diffusion (Rout et al. 2023, Algorithm 2)"
     A, decode = _parts(problem, 'psld')
     if not hasattr(A, 'pinv'): raise ValueError('psld puts the measurement into an image, and '

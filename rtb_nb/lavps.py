@@ -203,7 +203,7 @@ def lavps(problem:InverseProblem, y, n:int,
     best=True, # keep, for each sample, the better of its start and zero-shot
     lr=narrowing_rate, # of Adam: a number, or of the inner problem
     **options # of `mgdm`: steps, times, noise, progress
-    ) -> Samples:
+    ) -> Samples: # x (n, ...), and what it cost
     "MGDM whose late inner fits begin at a network's (Zheng et al. 2026, Algorithm 2)"
     inside, outside = (check_whole('steps', v, 0) for v in (inside, outside))
     fit = adam_fit(lambda inner: inside if inner.ratio <= window else outside, lr,

@@ -58,8 +58,10 @@ def bilinear_matrix(x, y, # points, arcsec, (N,)
     return scipy.sparse.csr_array((weights, (rows, cols)), shape=(len(inside), size**2))
 
 # %% ../nbs/08_lensing.ipynb #13485551
-def gaussian_kernel(std, pixel) -> np.ndarray: # odd length, sums to 1
+def gaussian_kernel(std, pixel # both in one unit, such as arcsec
+    ) -> np.ndarray: # odd length, sums to 1
     "A Gaussian at pixel centres, cut at four standard deviations; one pixel for std 0"
+    std, pixel = check_number('std', std, '[0, inf)'), check_number('pixel', pixel)
     r = math.ceil(4*std/pixel)
     k = np.exp(-(np.arange(-r, r+1)*pixel/std)**2/2) if r else np.ones(1)
     return k/k.sum()

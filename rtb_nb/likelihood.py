@@ -242,6 +242,9 @@ class InverseProblem(Described, nn.Module):
                 f'{type(prior).__name__} and {type(likelihood).__name__}')
         self.prior, self.likelihood = prior, likelihood
     @property
+    def problem(self): raise TypeError('this is a problem, where a posterior is wanted: '
+                                       'use problem.posterior(drifts)')
+    @property
     def operator(self): "The likelihood's forward model"; return self.likelihood.operator
     @property
     def noise_std(self) -> float:
@@ -260,7 +263,10 @@ class InverseProblem(Described, nn.Module):
         return x, self.likelihood(x).sample()
     def log_likelihood(self, x0:Tensor, y) -> Tensor: # (B,)
         "log r(x0; y) in nats, with its constants"
-        return self.likelihood.log_prob(x0, self.likelihood.take(y, x0.shape[1:], x0))
+        y = self.likelihood.take(y, x0.shape[1:], x0)
+        if len(x0) != len(y) and 1 not in (len(x0), len(y)): raise ValueError(
+            f'{len(x0)} images and {len(y)} measurements: give one, or one for each')
+        return self.likelihood.log_prob(x0, y)
     def chi2(self, x:Tensor, # samples (B, ...)
         y:Tensor # their measurements (B, ...), or one (1, ...)
         ) -> Tensor: # (B,)

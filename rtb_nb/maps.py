@@ -17,6 +17,9 @@ def show_maps(samples, # (n, 1, H, W), or label -> samples, one row each
     "Mean, standard deviation and (mean - truth)/std of samples, as maps; returns the axes"
     samples = samples if isinstance(samples, dict) else {'': samples}
     samples = {k: torch.as_tensor(to_numpy(v)).float() for k, v in samples.items()}
+    few = [k for k, v in samples.items() if v.ndim < 3 or len(v) < 2]
+    if few or not samples: raise ValueError('show_maps needs samples (n, 1, H, W), two at '
+        f'least, got {[tuple(samples[k].shape) for k in few]}')
     loudest = max(v.std(0).max().item() for v in samples.values())
     shown = []
     for label, x in samples.items():

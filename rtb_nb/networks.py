@@ -71,7 +71,7 @@ def _check_image(net, x):
 
 # %% ../nbs/04_networks.ipynb #5406ee17
 class Block(nn.Module):
-    "Attention and a perceptron, each normalised, modulated by the time and gated"
+    "Attention and a perceptron, normalised, modulated and gated by t (Peebles & Xie 2023)"
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -152,7 +152,7 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #97d85a76
 class UNet(nn.Module):
-    "Image network: residual blocks at `len(widths)` resolutions, attention at the lowest"
+    "U-Net (Ronneberger et al. 2015): `len(widths)` resolutions, attention at the lowest"
     def __init__(self, size, # height and width; one number for both
         in_channels=1, out_channels=1,
         widths=(32, 64, 96), # channels at each resolution, the finest first

@@ -79,7 +79,7 @@ class LinearCompose(Compose, LinearOperator):
 
 # %% ../nbs/07b_nonlinear.ipynb #f4cf6bcf
 class FourierMagnitude(nn.Module):
-    "Phase retrieval: the magnitude of the padded image's centred orthonormal Fourier transform"
+    "Phase retrieval (as Chung et al. 2023): magnitudes of the padded image's centred FFT"
     def __init__(self, shape, # of the image (C, H, W)
         oversample=2.): # zeros on each side: int(oversample/8*side)
         super().__init__()

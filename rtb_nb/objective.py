@@ -97,6 +97,8 @@ class RTB(nn.Module):
             raise ValueError(f'bound must exceed the dead zone {dead_zone}, '
                 f'got {self.bound.bound}')
         self.log_z = VarGrad() if log_z is None else log_z
+        if not isinstance(self.log_z, nn.Module): raise TypeError('log_z must be VarGrad(), '
+            f'ScalarLogZ(value) or NetLogZ(net), got {log_z!r}')
     def residual(self, log_w, y=None, branch=None) -> Tensor: # (B,)
         "log Z - log w of each path, in nats"
         return self.log_z(log_w, y, branch) - log_w

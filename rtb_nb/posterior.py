@@ -154,8 +154,11 @@ def gaussian_log_ratio(z:Tensor, # a step, in the prior's standard deviations (B
 # %% ../nbs/03a_posterior.ipynb #53812079
 @patch
 def step_log_ratio(self:Posterior, tau:Trajectories, ks # the steps to score (S,)
-    ) -> Tensor: # (S, B)
+    ) -> Tensor: # (S, B) in nats
     "log q - log p of single steps of a path, differentiable in the drifts"
+    if tau.x0_hat is None or tau.guessed_by is not self.guesser:
+        raise ValueError("these paths carry no guesses of this posterior's prior: "
+                         'give posterior.with_guesses(tau)')
     ks = torch.as_tensor(ks, device=tau.x.device)
     flat = lambda v: v.transpose(0, 1).flatten(0, 1)
     k = ks.repeat(len(tau))
@@ -181,7 +184,7 @@ def log_ratio(self:Posterior, tau:Trajectories, chunk=256 # most images per drif
 @patch
 @torch.no_grad()
 def rollout(self:Posterior, y, # one measurement (1, ...), or one per sample (n, ...)
-    n:int) -> tuple: # x0 (n, ...) and log-ratio (n,)
+    n:int) -> tuple: # x0 (n, ...) and log-ratio (n,), in nats
     "Draw data points together with their path's log-ratio, in the memory of one step"
     total = 0
     for k, x, x0_hat, kernel, following in self.walk(n, self.measured(y, n)):

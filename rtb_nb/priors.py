@@ -62,8 +62,11 @@ def _train_step(denoiser, x0:Tensor, # a batch of clean images
     return _descend(loss, denoiser, opt)
 
 # %% ../nbs/06_priors.ipynb #ed6e95cc
-def learning_rate(step, steps, peak, warmup=200):
-    "Linear warm-up, then half a cosine down to zero"
+def learning_rate(step:int, steps:int, # of 0 to steps-1, how many in all
+    peak, # the rate that the cosine starts from
+    warmup=200 # steps over which the linear factor rises to 1
+    ) -> float:
+    "Half a cosine from `peak` down to zero, times a linear warm-up"
     warmup = check_whole('warmup', warmup, 0)
     return peak*min(1, (step+1)/max(1, warmup))*(1+math.cos(math.pi*step/steps))/2
 

@@ -88,6 +88,8 @@ CLEAN = Level(0., 1., 0.)
 def levels_at(prior:Diffusion, t) -> list: # of levels
     "The prior's noise levels at these times"
     t = torch.as_tensor(t, dtype=torch.float64)
+    if t.ndim != 1 or not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f'times must be (K,) within [0, 1], got {t.tolist()}')
     alpha, sigma = prior.denoiser.schedule(t)
     return [Level(*v) for v in zip(t.tolist(), alpha.tolist(), sigma.tolist())]
 
@@ -201,7 +203,8 @@ def score_weight(level:Level) -> float:
 # %% ../nbs/11_samplers.ipynb #a0a5c94d
 def dps(problem, y, n, *,
     scale=.5, # zeta, in the data's units; None: the likelihood's gradient
-    **options) -> Samples: # options: of ancestral
+    **options # of `ancestral`
+    ) -> Samples: # x (n, ...), and what it cost
     "Diffusion posterior sampling (Chung et al. 2023, Algorithm 1), the norm each sample's own"
     if scale is not None:
         scale = check_number('scale', scale)
@@ -217,7 +220,8 @@ def dps(problem, y, n, *,
 
 # %% ../nbs/11_samplers.ipynb #a5fe1a28
 def pigdm(problem, y, n, *, variance=1., # v, the prior's pixel variance
-    **options) -> Samples: # options: of ancestral
+    **options # of `ancestral`
+    ) -> Samples: # x (n, ...), and what it cost
     "Pseudo-inverse guidance as a score (Song et al. 2023)"
     require_linear(problem, 'adjoint', 'gram_solve')
     op, variance = problem.operator, check_number('variance', variance)
@@ -229,9 +233,10 @@ def pigdm(problem, y, n, *, variance=1., # v, the prior's pixel variance
     return ancestral(problem, y, n, guess, **options)
 
 # %% ../nbs/11_samplers.ipynb #75495382
-def cla(problem, y, n, **options # of ancestral
-    ) -> Samples:
-    "Convolved likelihood approximation on DDPM's steps, for any schedule"
+def cla(problem, y, n,
+    **options # of `ancestral`
+    ) -> Samples: # x (n, ...), and what it cost
+    "Convolved likelihood approximation (Adam et al. 2022) on DDPM's steps, for any schedule"
     require_linear(problem, 'adjoint', 'gram_solve')
     op, std = problem.operator, problem.noise_std
     def guess(D, x, y, level, c0):
@@ -273,7 +278,9 @@ def euler(problem, y, n, score:Callable, # (D, x, y, level, sigma) -> VE score a
     return Samples(x)
 
 # %% ../nbs/11_samplers.ipynb #c231ce0a
-def cla_ve(problem, y, n, **options) -> Samples: # options: of euler
+def cla_ve(problem, y, n,
+    **options # of `euler`
+    ) -> Samples: # x (n, ...), and what it cost
     "Convolved likelihood approximation as published (Adam et al. 2022, section 2.2)"
     require_linear(problem, 'adjoint', 'gram_solve')
     op, std = problem.operator, problem.noise_std

@@ -81,7 +81,8 @@ class Linear:
         if self.beta_max < self.beta_min:
             raise ValueError('beta_max must be at least beta_min, since noise grows with time: '
                              f'got {beta_max} and {beta_min}')
-    def __call__(self, t):
+    def __call__(self, t # times in [0, 1], any shape
+        ) -> tuple: # alpha and sigma, each shaped like `t`
         t = _at_least_single(t)
         log_alpha2 = -(self.beta_min*t + (self.beta_max-self.beta_min)*t**2/2)
         return (log_alpha2/2).exp(), (-torch.expm1(log_alpha2)).sqrt()
@@ -95,7 +96,8 @@ class VE:
         if self.sigma_max <= self.sigma_min:
             raise ValueError('sigma_max must be above sigma_min, since noise grows with time: '
                              f'got {sigma_max} and {sigma_min}')
-    def __call__(self, t):
+    def __call__(self, t # times in [0, 1], any shape
+        ) -> tuple: # alpha and sigma, each shaped like `t`
         t = _at_least_single(t)
         return torch.ones_like(t), self.sigma_min*(self.sigma_max/self.sigma_min)**t
 
@@ -105,7 +107,8 @@ class Bridge:
     def __init__(self, std=1. # s, of the motion's end
         ):
         self.std = check_number('std', std)
-    def __call__(self, t):
+    def __call__(self, t # times in [0, 1], any shape
+        ) -> tuple: # alpha and sigma, each shaped like `t`
         t = _at_least_single(t)
         return 1-t, self.std*(t*(1-t)).clamp(min=0).sqrt()
 
@@ -123,7 +126,8 @@ class Tabulated:
             raise ValueError('alphas_cumprod must decrease within (0, 1), '
                              f'got values from {a2[0]:.4g} to {a2[-1]:.4g}')
         self.log_snr = (a2/(1-a2)).log()
-    def __call__(self, t):
+    def __call__(self, t # times in [0, 1], any shape
+        ) -> tuple: # alpha and sigma, each shaped like `t`
         t = _at_least_single(t)
         i = widest(t).clamp(0, 1)*(len(self.log_snr)-1)
         table = self.log_snr.to(i)
@@ -134,7 +138,7 @@ class Tabulated:
 # %% ../nbs/01_schedule.ipynb #a80c3767
 def time_of(schedule, ratio # noise-to-signal ratios sigma/alpha, a number or a tensor
     ) -> Tensor: # float64, shaped like `ratio`
-    "The times at which a schedule's noise-to-signal ratio is `ratio`, by bisection"
+    "The times of these noise-to-signal ratios, by bisection; 0 or 1 beyond the range"
     if callable(ratio):
         raise TypeError(f'ratio must be a number or a tensor, got {type(ratio).__name__}: '
                         'the schedule comes first')

@@ -66,6 +66,8 @@ def show_hist(values=None, # label -> samples, or x (n,) -> log-density (n,)
     roles=None, # label -> role, for labels that are none
     ax=None, **by_role): # exact=, learned=, ...: as values, named by their role
     "Histograms of one-dimensional samples, and log-densities as lines; returns the axes"
+    if values is not None and not hasattr(values, 'keys'): raise TypeError('values are named: '
+        f'show_hist(learned=x) or show_hist({{"mine": x}}), got {type(values).__name__}')
     values = {**(values or {}), **by_role}
     data = {k: to_numpy(v).ravel() for k, v in values.items() if not callable(v)}
     good = {k: v[np.isfinite(v)] for k, v in data.items()}
@@ -153,6 +155,8 @@ def show_samples(
     size=5, alpha=.5, # of a dot
     ax=None, **by_role): # exact=, learned=, ...: as samples, named by their role
     "Samples in the plane as dots, log-densities as contours; returns the axes"
+    if samples is not None and not hasattr(samples, 'keys'): raise TypeError('samples are '
+        f'named: show_samples(learned=x), got {type(samples).__name__}')
     samples = {**(samples or {}), **by_role}
     contours = [contours] if isinstance(contours, str) else contours
     if set(contours) - samples.keys():

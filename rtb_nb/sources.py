@@ -42,9 +42,9 @@ def vary_sources(x:Tensor, # stamps (B, 1, H, W) in [-1, 1], the sky at -1
     "Sources of every brightness, size, angle and place, drawn by torch's global generator"
     if x.ndim != 4 or x.shape[1] != 1:
         raise ValueError(f'sources are made of grey stamps (B, 1, H, W), got {tuple(x.shape)}')
-    for name, (low, high) in dict(size=size, gamma=gamma, peak=peak).items():
-        if not 0 < low <= high:
-            raise ValueError(f'{name} must be a positive range (low, high), got {low, high}')
+    for name, pair in dict(size=size, gamma=gamma, peak=peak).items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+            raise ValueError(f'{name} must be a positive range (low, high), got {pair!r}')
     if peak[1] > 1: raise ValueError(f'peak goes up to 1, the range\'s end, got {peak}')
     check_number('shift', shift, '[0, 1]'), check_number('companion', companion, '[0, 1]')
     light = ((x + 1)/2 - .02).clamp(min=0) # no sky
@@ -56,8 +56,10 @@ def vary_sources(x:Tensor, # stamps (B, 1, H, W) in [-1, 1], the sky at -1
 
 # %% ../nbs/05a_sources.ipynb #d665e765
 def photometry(x:Tensor # (B, 1, H, W) in [-1, 1], the sky at -1
-    ) -> dict: # of name to numbers (B,)
-    "Peak, flux, concentration, size and offset of each source"
+    ) -> dict: # of name to numbers (B,): light 1 at full brightness, lengths in half frames
+    "Peak, total flux, share of flux in the brightest 1/64 of pixels, rms radius, offset"
+    if x.ndim != 4 or x.shape[1] != 1:
+        raise ValueError(f'photometry takes grey images (B, 1, H, W), got {tuple(x.shape)}')
     light = ((x[:, 0] + 1)/2).clamp(min=0).double()
     each, (h, w) = light.flatten(1), light.shape[1:]
     flux = each.sum(1).clamp(min=1e-9)

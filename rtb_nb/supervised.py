@@ -40,7 +40,7 @@ class ConditionalDenoiser(Bookkeeping):
         variance=1. # mean square of the data's entries
         ):
         super().__init__()
-        if not callable(schedule):
+        if not callable(schedule) or isinstance(schedule, type):
             raise ValueError(f'ConditionalDenoiser needs a schedule, got {schedule!r}: '
                              'pass one such as schedule=Cosine()')
         self.net, self.schedule = net, schedule
@@ -233,12 +233,12 @@ def save_supervised(denoiser:ConditionalDenoiser, # its weights are rounded, as 
 
 # %% ../nbs/14e_supervised.ipynb #2e11e4c1
 @torch.inference_mode(False)
-def load_supervised(path, # a file that save_supervised wrote, or the name of a shipped one
+def load_supervised(name, # a file that save_supervised wrote, or the name of a shipped one
     picture:Callable, # the one that it will be shown
     device='cpu'
     ) -> ConditionalDenoiser: # with its card in `denoiser.card`
     "The conditional denoiser of a file; an error if it was trained with another picture"
-    path = shipped_file(path, 'conditional denoiser', _ending)
+    path = shipped_file(name, 'conditional denoiser', _ending)
     tensors, card = load_tensors(path)
     if 'supervised' not in card:
         raise ValueError(f'{path} holds no conditional denoiser: '

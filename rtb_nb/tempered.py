@@ -21,7 +21,11 @@ def next_temperature(log_r:Tensor, # log-likelihood of each particle (n,)
     beta:float, # where they are
     keep=.5 # share of the particles to leave in effect
     ) -> float:
-    "The largest temperature, up to 1, that leaves enough particles in effect"
+    "The largest inverse temperature, up to 1, that leaves enough particles in effect"
+    check_number('beta', beta, '[0, 1]'), check_number('keep', keep, '(0, 1)')
+    if log_r.ndim != 1 or not (log_r < math.inf).all():
+        raise ValueError('log_r must be (n,), one number per particle, below infinity, '
+                         f'got shape {tuple(log_r.shape)}')
     low, high = 0., 1 - beta
     if _ess(high*log_r) >= keep: return 1.
     for _ in range(60):
@@ -75,7 +79,7 @@ def _hmc(target, x, state, # (n, ...), and what `target` answers there
 def systematic(log_w:Tensor, # (..., n)
     u:Tensor # (..., 1), uniform in [0, 1)
     ) -> Tensor: # indices (..., n)
-    "Systematic resampling: particle i has about n w_i offspring"
+    "Systematic resampling (Kitagawa 1996): particle i has about n w_i offspring"
     n = log_w.shape[-1]
     at = (torch.arange(n, device=log_w.device) + u)/n
     return torch.searchsorted(log_w.softmax(-1).cumsum(-1), at.contiguous()).clamp(max=n-1)
@@ -91,7 +95,7 @@ def tempered(log_prior, # x (n, ...) -> (n,), in nats, differentiable
     length=1.5, # of a move, in the particles' spread: as many leapfrog steps as that takes
     size=.3, # of a leapfrog step at first, likewise
     aim=.8 # the acceptance that it follows
-    ) -> tuple: # samples (n, ...) in float64, log evidence, and one dict per temperature
+    ) -> tuple: # samples (n, ...) in float64, log evidence in nats, a dict per temperature
     "Posterior samples and evidence by tempered particles that move by Hamiltonian Monte Carlo"
     n, moves, leaps = (check_whole(k, v, least) for k, v, least in
         (('n', n, 2), ('moves', moves, 1), ('leaps', leaps, 1)))
@@ -101,6 +105,8 @@ def tempered(log_prior, # x (n, ...) -> (n,), in nats, differentiable
     target, beta, log_z, log = _Target(log_prior, log_likelihood), 0., 0., []
     with gradients('tempered'), torch.no_grad():
         x = widest(draw_prior(n))
+        if len(x) != n: raise ValueError(f'draw_prior({n}) must answer {n} draws, '
+                                         f'got {tuple(x.shape)}')
         state = target(x)
         while beta < 1:
             if not state[1].isfinite().all(): raise FloatingPointError('log_likelihood is not '
