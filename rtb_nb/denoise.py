@@ -258,7 +258,7 @@ class X0Denoiser(Denoiser):
         "What the network says, computed in the precision of its weights"
         weights = self.net.parameters() if isinstance(self.net, nn.Module) else ()
         own = next((w.dtype for w in weights if w.is_floating_point()), x.dtype)
-        return self.net(x.to(own), t).to(x.dtype)
+        return self.net(x.to(own), torch.as_tensor(t, device=x.device)).to(x.dtype)
     def forward(self, x, t): return self.answer(x, t)
     def target(self, x0, eps, t):
         "What the network should answer"

@@ -186,6 +186,9 @@ class Diffusion(Described, nn.Module):
         if covariance is not None and covariance.shape != tuple(shape):
             raise ValueError(f'this covariance is of events {covariance.shape}, the prior is '
                 f'over {tuple(shape)}: make one with Covariance.of(samples)')
+        for name, f in dict(spacing=spacing, error=error).items():
+            if f is not None and (not callable(f) or isinstance(f, type)): raise TypeError(
+                f'{name} must be a function of time, such as spacing=Cosine(), got {f!r}')
         t, alpha, sigma = levels(denoiser.schedule, steps, last_noise, start, spacing)
         check_start(denoiser, alpha[0])
         device = next(denoiser.buffers(), t).device

@@ -59,7 +59,8 @@ class PathTrainer(Trainer):
     "A `Trainer` that takes the path form's gradient, on own paths"
     def __init__(self, posterior:Posterior,
         behaviour, # OnPolicy without exploration noise, or `Fresh` measurements for one
-        objective=None, **options # of `Trainer`; one update per batch, beta a number
+        objective=None, # RTB() if None
+        **options # of `Trainer`; one update per batch, beta a number
         ):
         own = behaviour.behaviour if isinstance(behaviour, Fresh) else behaviour
         if not isinstance(own, OnPolicy) or callable(own.noise) or own.noise:

@@ -319,6 +319,8 @@ class Tilt(Described, nn.Module):
         ):
         super().__init__()
         self.log_r, self.operator, self.std = log_r, None, None
+    def forward(self, x):
+        raise TypeError('a tilted prior has no measurement to draw: use prior.simulate')
     @property
     def noise_std(self):
         raise ValueError('a tilted prior has no noise: this needs a measurement')

@@ -138,7 +138,9 @@ def streams(self:Parallel):
 
 # %% ../nbs/14f_processes.ipynb #9d5daecf
 @patch
-def fit(self:Parallel, y, iterations:int, log=print, **options): # as for `Trainer.fit`
+def fit(self:Parallel, y, iterations:int, log=print,
+    **options # of `Trainer.fit`
+    ):
     "Train together; the main process alone prints its progress"
     with torch.no_grad(): self.same_start()
     self.streams()

@@ -18,6 +18,7 @@ from .denoise import safe_alpha
 from .diffusion import Described, Diffusion, kind_of, repeat_y
 from .guidance import convolved_score, log_gradient, weighed_residual, white_error
 from .likelihood import InverseProblem
+from .posterior import Posterior
 from .schedule import check_number, check_whole, time_of
 
 # %% ../nbs/11_samplers.ipynb #7ce470f9
@@ -62,10 +63,19 @@ class CallCounter:
         return (self.images + 2*self.gradients)/n
 
 # %% ../nbs/11_samplers.ipynb #b61890a0
+def check_problem(problem, name:str): # of the sampler
+    "Refuse a prior or a posterior in the place of a problem"
+    if isinstance(problem, InverseProblem): return
+    posterior = isinstance(problem, Posterior)
+    remedy = 'posterior.problem' if posterior else 'InverseProblem(prior, likelihood)'
+    raise TypeError(f'{name} samples an InverseProblem, got {type(problem).__name__}: '
+                    f'give {remedy}')
+
 def sampler(f):
     "Count the calls of the prior's denoiser, and keep gradients to where `f` asks for them"
     @wraps(f)
     def run(problem:InverseProblem, y, n:int, *args, **options) -> Samples:
+        check_problem(problem, f.__name__)
         denoiser = problem.prior.denoiser
         if denoiser is None:
             raise ValueError(f'{f.__name__} needs a prior with a denoiser, and this prior is a '
@@ -135,6 +145,7 @@ def prepare(problem:InverseProblem, y, n:int
 
 def require_linear(problem, *methods) -> None:
     "Refuse an operator that lacks what a linear method asks of it"
+    check_problem(problem, 'this sampler')
     op = problem.operator
     lacks = [m for m in methods if not hasattr(op, m)]
     who = 'a tilted prior' if op is None else type(op).__name__
@@ -206,6 +217,7 @@ def dps(problem, y, n, *,
     **options # of `ancestral`
     ) -> Samples: # x (n, ...), and what it cost
     "Diffusion posterior sampling (Chung et al. 2023, Algorithm 1), the norm each sample's own"
+    check_problem(problem, 'dps')
     if scale is not None:
         scale = check_number('scale', scale)
         if problem.operator is None: raise ValueError('a tilted prior has no residual: '

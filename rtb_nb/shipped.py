@@ -98,7 +98,8 @@ def shipped_posteriors() -> list:
 # %% ../nbs/14c_shipped.ipynb #43411e4d
 @torch.inference_mode(False)
 def prior_of(name, # a shipped posterior, or a file that save_posterior wrote
-    device='cpu', **changes # of the card's `chain`, such as `steps`: no longer its own then
+    device='cpu',
+    **changes # of the card's `chain`, such as `steps`: no longer its own then
     ) -> Diffusion:
     "The prior of a posterior, on the chain that it was trained on"
     path = shipped_file(name, 'posterior', '.posterior.safetensors')

@@ -64,7 +64,9 @@ def new_axes(rows=1, cols=1, width=4., height=3., **kw):
 def show_hist(values=None, # label -> samples, or x (n,) -> log-density (n,)
     *, bins=50, xlim=None, xlabel='', # of the x axis
     roles=None, # label -> role, for labels that are none
-    ax=None, **by_role): # exact=, learned=, ...: as values, named by their role
+    ax=None,
+    **by_role # exact=, learned=, ...: as values, named by their role
+    ):
     "Histograms of one-dimensional samples, and log-densities as lines; returns the axes"
     if values is not None and not hasattr(values, 'keys'): raise TypeError('values are named: '
         f'show_hist(learned=x) or show_hist({{"mine": x}}), got {type(values).__name__}')
@@ -153,7 +155,9 @@ def show_samples(
     contours=(), # labels whose samples become contours, so that no dots hide others
     roles=None, # label -> role, for labels that are none
     size=5, alpha=.5, # of a dot
-    ax=None, **by_role): # exact=, learned=, ...: as samples, named by their role
+    ax=None,
+    **by_role # exact=, learned=, ...: as samples, named by their role
+    ):
     "Samples in the plane as dots, log-densities as contours; returns the axes"
     if samples is not None and not hasattr(samples, 'keys'): raise TypeError('samples are '
         f'named: show_samples(learned=x), got {type(samples).__name__}')

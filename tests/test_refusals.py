@@ -5,17 +5,19 @@ from test_core import plane
 from rtb_nb.amortise import Bank, Family, gap
 from rtb_nb.beds import hole, small_lens
 from rtb_nb.calibration import interval_coverage
-from rtb_nb.denoise import GaussianDenoiser, MixtureDenoiser, gaussian_field
+from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, MixtureDenoiser, gaussian_field
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.distances import score_modes
 from rtb_nb.exact import ExactChain, ExactPosterior
 from rtb_nb.experiment import tune
 from rtb_nb.families import LensFamily
 from rtb_nb.latent import Decoder
+from rtb_nb.likelihood import Tilted
 from rtb_nb.lensing import gaussian_kernel
 from rtb_nb.maps import show_maps
 from rtb_nb.objective import RTB, VarGrad
-from rtb_nb.samplers import levels_at
+from rtb_nb.particles import fps
+from rtb_nb.samplers import dps, levels_at
 from rtb_nb.schedule import Cosine
 from rtb_nb.show import show_hist, show_samples
 from rtb_nb.sources import photometry, vary_sources
@@ -72,6 +74,14 @@ kinds = {
     'log Z as a number': (lambda: RTB(-3.), 'log_z must be VarGrad()'),
     'log Z as a class': (lambda: RTB(VarGrad), 'log_z must be VarGrad()'),
     'a bank of a problem': (lambda: Bank.of(plane(8), 4), 'a bank is of a prior'),
+    'a posterior for a problem': (lambda: dps(plane(8).posterior([]), torch.ones(1, 1), 2),
+        'give posterior.problem'),
+    'a prior for a problem': (lambda: fps(plane(8).prior, torch.ones(1, 1), 2),
+        'give InverseProblem(prior, likelihood)'),
+    'a class as the spacing': (lambda: Diffusion(plane(8).prior.denoiser, (2,), spacing=Cosine),
+        'spacing must be a function of time'),
+    'a measurement of a tilted prior': (lambda: Tilted(plane(8).prior, lambda x: x[:, 0])
+        .likelihood(torch.zeros(1, 2)), 'use prior.simulate'),
     'a problem for a posterior': (lambda: plane(8).problem, 'use problem.posterior(drifts)'),
     'unnamed samples': (lambda: show_samples(torch.zeros(4, 2)), 'samples are named'),
     'unnamed values': (lambda: show_hist(torch.zeros(4)), 'values are named'),
@@ -95,3 +105,8 @@ def test_a_broken_sample_breaks_every_score_of_modes():
     x[50] = math.nan
     found = score_modes(x, sets, means, torch.ones(1))
     assert all(math.isnan(found[k]) for k in ('sw', 'modes'))
+
+
+def test_a_network_takes_a_plain_time():
+    denoiser = EpsDenoiser(lambda x, t: x*t.reshape(-1, 1), Cosine())
+    assert denoiser(torch.ones(3, 2), .5).shape == (3, 2)
