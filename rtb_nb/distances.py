@@ -241,11 +241,11 @@ def train_classifier(images, labels, # (N, C, H, W) and (N,), counted from 0
 # %% ../nbs/15a_distances.ipynb #15180115
 def fid(x, y, # images (n, C, H, W) and (m, C, H, W) in [-1, 1], 1 or 3 channels
     weights=None, # torch-fidelity's Inception file; None: in torch hub's cache
-    batch=64
+    chunk=64 # images per call of the network
     ) -> float: # nan where a pixel is not finite
     "Fréchet Inception distance (Heusel et al. 2017), through torch-fidelity"
     x, y = (_as_rgb(_paired_images(v, v)[0]) for v in (x, y))
-    batch = check_whole('batch', batch)
+    chunk = check_whole('chunk', chunk)
     if min(len(x), len(y)) < 2:
         raise ValueError('fid needs at least two images in each set, '
                          f'got {len(x)} and {len(y)}')
@@ -260,7 +260,7 @@ def fid(x, y, # images (n, C, H, W) and (m, C, H, W) in [-1, 1], 1 or 3 channels
     as_bytes = lambda v: ((v.clamp(-1, 1)+1)*127.5).round().byte().cpu()
     sets = [torch.utils.data.Subset(as_bytes(v), range(len(v))) for v in (x, y)]
     found = calculate_metrics(input1=sets[0], input2=sets[1], fid=True,
-        feature_extractor_weights_path=str(file), batch_size=batch, cache=False, verbose=False,
+        feature_extractor_weights_path=str(file), batch_size=chunk, cache=False, verbose=False,
         cuda=torch.cuda.is_available(), save_cpu_ram=True)
     return found['frechet_inception_distance']
 

@@ -126,7 +126,7 @@ class Ramp(nn.Module):
 
 # %% ../nbs/13_objective.ipynb #f53237d4
 def next_beta(log_r:Tensor, # untempered (B,), not all equal
-    beta:float, fraction=.5, # of the batch, that the effective sample size stays above
+    beta:float, keep=.5, # share of the batch that the effective sample size stays above
     y=None, points=256) -> float: # at most 1
     "`next_temperature` of chapter 09d on a grid, each measurement's paths by themselves"
     ok = log_r.isfinite()
@@ -138,18 +138,19 @@ def next_beta(log_r:Tensor, # untempered (B,), not all equal
     w = ((trial[:, None]-beta)*(log_r-top[g])).exp() # (P, B)
     total, square = (w.new_zeros(points, M).index_add(1, g, v) for v in (w, w**2))
     share = (total**2/square).sum(1)/len(log_r)
-    good = (share >= fraction).nonzero()
+    good = (share >= keep).nonzero()
     return trial[good.max()].item() if len(good) else beta
 
 class Adaptive(nn.Module):
     "beta grows as fast as the effective sample size allows, every `every` iterations"
-    def __init__(self, fraction=.5, start=1e-4, every=1):
+    def __init__(self, keep=.5, # share of the batch to leave in effect
+        start=1e-4, every=1):
         super().__init__()
-        self.fraction = check_number('fraction', fraction, '(0, 1)')
+        self.keep = check_number('keep', keep, '(0, 1)')
         self.every = check_whole('every', every)
         start = check_number('start', start, '(0, 1]')
         self.register_buffer('beta', torch.tensor(start, dtype=torch.float64))
     def forward(self, step, log_r, y=None) -> float:
         if step % self.every == 0:
-            self.beta.fill_(next_beta(log_r, self.beta.item(), self.fraction, y))
+            self.beta.fill_(next_beta(log_r, self.beta.item(), self.keep, y))
         return self.beta.item()

@@ -327,7 +327,7 @@ def random_kernels(n:int, size=9, # side
 
 # %% ../nbs/07d_per_sample.ipynb #d8cf807e
 def load_kernels(path=None, # an .npz of kernels (k, l); None: `kernels.npz` in the data folder
-    start='' # only those whose names start so
+    prefix='' # only those whose names start so
     ) -> Tensor: # (n, K, L) float64, each in the middle and summing to 1
     "Measured kernels of a file, as large as the largest of them"
     file = _file(path or data_path('kernels.npz'), 'put an .npz of kernels (k, l) there, '
@@ -336,10 +336,10 @@ def load_kernels(path=None, # an .npz of kernels (k, l); None: `kernels.npz` in 
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f'{file.name!r} is no .npz of kernels ({e}): write it with np.savez'
             ) from None
-    kernels = {k: _finite(v, k) for k, v in found.items() if k.startswith(start)}
+    kernels = {k: _finite(v, k) for k, v in found.items() if k.startswith(prefix)}
     odd = [k for k, v in kernels.items() if v.ndim != 2 or not v.sum() > 0]
     if odd or not kernels: raise ValueError(f'{file.name!r} must hold kernels (k, l) of light '
-        f'whose names start with {start!r}, got {odd or list(found)}')
+        f'whose names start with {prefix!r}, got {odd or list(found)}')
     K, L = (max(v.shape[d] for v in kernels.values()) for d in (0, 1))
     def middle(v):
         top, left = (K - v.shape[0])//2, (L - v.shape[1])//2

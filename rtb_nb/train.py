@@ -61,7 +61,7 @@ class Trainer:
         chunk=512, # most images per differentiated network call
         clip=1., # largest gradient norm; `math.inf` for no clipping
         decay=.95, # of the averaged drifts
-        beta=1., # tempers the likelihood: a number, `Ramp(iterations)` or `Adaptive(fraction)`
+        beta=1., # tempers the likelihood: a number, `Ramp(iterations)` or `Adaptive(keep)`
         path=None, # checkpoint file
         guard=Guard(), # None: nothing but non-finite batches is skipped
         ):

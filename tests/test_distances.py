@@ -243,7 +243,7 @@ bad = [
     (lambda: fid(pixels[:1], pixels), ValueError, 'two images in each set, got 1 and 2'),
     (lambda: fid(pixels[:, :2], pixels), ValueError, '1 or 3 channels, got 2'),
     (lambda: fid(pixels, pixels, 'no/file.pth'), FileNotFoundError, 'PATH of weights'),
-    (lambda: fid(pixels, pixels, batch=1.5), ValueError, 'batch must .* got 1.5'),
+    (lambda: fid(pixels, pixels, chunk=1.5), ValueError, 'chunk must .* got 1.5'),
     (lambda: train_classifier(pixels, labels[:1]), ValueError, r'\(2, 3, 8, 8\) and \(1,\)'),
     (lambda: train_classifier(pixels, labels-1), ValueError, 'count from 0 .* got -1 to 0'),
     (lambda: train_classifier(pixels*math.nan, labels), ValueError, '384 pixels .* not finite'),

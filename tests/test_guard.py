@@ -12,7 +12,7 @@ refusals = {
     'shrink': (lambda: Guard(shrink=0), 'shrink must lie in (0, 1], got 0'),
     'beta': (lambda: trainer(beta=0), 'beta must be a positive number, got 0'),
     'ramp': (lambda: Ramp(0), 'a ramp needs at least one'),
-    'adaptive': (lambda: Adaptive(fraction=1.), 'fraction must lie in (0, 1), got 1.0'),
+    'adaptive': (lambda: Adaptive(keep=1.), 'keep must lie in (0, 1), got 1.0'),
     'bound': (lambda: Huber(0), 'bound must be a positive number, got 0: it is in nats'),
     'wrong network': (lambda: NetLogZ(torch.nn.Flatten())(torch.zeros(3), torch.zeros(3, 2)),
         'one number per measurement (3,), got (3, 2)'),
