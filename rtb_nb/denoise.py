@@ -12,7 +12,8 @@ from numbers import Real
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .schedule import _at_least_single, check_number, check_whole, widest
+from rtb_nb.schedule import (_at_least_single, check_number, check_schedule, check_whole,
+    widest)
 
 # %% ../nbs/02_denoise.ipynb #ff6f30b9
 def white_error(alpha, sigma2, # signal, and variance of the noise
@@ -46,10 +47,7 @@ class Denoiser(Bookkeeping):
     min_alpha = 0. # the least signal a guess can be made from; a wrapper has its denoiser's
     def __init__(self, schedule): # t -> (alpha, sigma)
         super().__init__()
-        if not callable(schedule) or isinstance(schedule, type):
-            raise ValueError(f'{type(self).__name__} needs a schedule, got {schedule!r}: '
-                             'pass one such as schedule=Cosine()')
-        self.schedule = schedule
+        self.schedule = check_schedule(schedule, self)
         for n in ('table_t', 'table_ratio', 'data_variance'): self.register_buffer(n, None)
 
     def white_error(self, t:Tensor) -> Tensor: # shaped like `t`

@@ -16,7 +16,7 @@ from .likelihood import Likelihood
 from .nonlinear import Compose
 from .operators import LinearOperator, at_least_single, check_batch
 from .per_sample import PerSample
-from .schedule import check_number, check_whole
+from .schedule import check_number, check_range, check_whole
 
 # %% ../nbs/09c_families.ipynb #0e01ba44
 @dataclass(frozen=True)
@@ -33,11 +33,8 @@ class LensFamily:
     source_fov:float=2.5 # side of the source, arcsec
     def __post_init__(self):
         for name in ('einstein_radius', 'q', 'psf', 'noise_std'):
-            pair = getattr(self, name)
-            if (not isinstance(pair, (tuple, list)) or len(pair) != 2
-                or not 0 < pair[0] <= pair[1]): raise ValueError(f'{name} must be a positive '
-                    f'range (low, high), got {pair!r}')
-        if self.q[1] > 1: raise ValueError(f'q goes up to 1, a circle, got {self.q}')
+            interval = '(0, 1]' if name == 'q' else '(0, inf)'
+            check_range(name, getattr(self, name), interval)
         check_number('centre', self.centre, '[0, inf)')
         check_number('shear', self.shear, '[0, 1)')
 

@@ -241,9 +241,10 @@ class InverseProblem(Described, nn.Module):
                 'load_prior, and a Likelihood(operator, noise_std), got '
                 f'{type(prior).__name__} and {type(likelihood).__name__}')
         self.prior, self.likelihood = prior, likelihood
-    @property
-    def problem(self): raise TypeError('this is a problem, where a posterior is wanted: '
-                                       'use problem.posterior(drifts)')
+    def __getattr__(self, name):
+        if name != 'problem': return super().__getattr__(name)
+        raise AttributeError('this is a problem, where a posterior is wanted: '
+                             'use problem.posterior(drifts)')
     @property
     def operator(self): "The likelihood's forward model"; return self.likelihood.operator
     @property

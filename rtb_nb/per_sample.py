@@ -19,7 +19,7 @@ from .imaging import (Blur, Separable, _Correlation, _correlate_back, image_shap
     mirror_index, motion_kernel)
 from .operators import (LinearOperator, _finite, _like, _per_sample, at_least_single,
     check_batch, event_shape)
-from .schedule import check_number, check_whole
+from .schedule import check_number, check_range, check_whole
 
 # %% ../nbs/07d_per_sample.ipynb #eb9db365
 class PerSample(LinearOperator):
@@ -272,15 +272,6 @@ def as_picture(operator, # linear
     return operator.pinv(y)
 
 # %% ../nbs/07d_per_sample.ipynb #3b465b15
-def _range(name, values, interval) -> tuple: # low, high
-    "A range of shares"
-    try: low, high = values
-    except (TypeError, ValueError):
-        raise ValueError(f'{name} must be a range (low, high), got {values!r}') from None
-    low, high = (check_number(name, v, interval) for v in (low, high))
-    if low <= high: return low, high
-    raise ValueError(f'{name} must rise, got ({low:g}, {high:g})')
-
 def _shares(n, values): return values[0] + (values[1]-values[0])*torch.rand(n)
 
 # %% ../nbs/07d_per_sample.ipynb #1e70b9cf
@@ -289,7 +280,7 @@ def random_boxes(n:int, shape, # of the image (C, H, W)
     ) -> Masks:
     "Inpainting: each sample lacks a rectangle of its own, anywhere in the image"
     n, (C, H, W) = check_whole('n', n), image_shape(shape)
-    sides, inside = _range('sides', sides, '(0, 1)'), []
+    sides, inside = check_range('sides', sides, '(0, 1)'), []
     for full in (H, W):
         side = (_shares(n, sides)*full).round().clamp(1, max(full-1, 1))
         first = (torch.rand(n)*(full - side + 1)).floor()[:, None]
@@ -313,7 +304,7 @@ def random_pixels(n:int, shape, # of the image (C, H, W)
     ) -> Masks:
     "Inpainting: each sample keeps pixels of its own, the same in all channels"
     n, (C, H, W) = check_whole('n', n), image_shape(shape)
-    count = (_shares(n, _range('kept', kept, '(0, 1]'))*H*W).round().clamp(min=1)
+    count = (_shares(n, check_range('kept', kept, '(0, 1]'))*H*W).round().clamp(min=1)
     rank = torch.rand(n, H*W).argsort(1).argsort(1)
     return Masks((rank < count[:, None]).reshape(n, 1, H, W), (C, H, W))
 

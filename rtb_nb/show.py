@@ -61,6 +61,12 @@ def new_axes(rows=1, cols=1, width=4., height=3., **kw):
     return axes
 
 # %% ../nbs/00_show.ipynb #d24e6f92
+def _named(given, by_role:dict, name:str) -> dict:
+    "Label -> data: what was given so, and what was given by its role"
+    if given is not None and not hasattr(given, 'keys'): raise TypeError('samples are named: '
+        f'{name}(learned=x) or {name}({{"mine": x}}), got {type(given).__name__}')
+    return {**(given or {}), **by_role}
+
 def show_hist(values=None, # label -> samples, or x (n,) -> log-density (n,)
     *, bins=50, xlim=None, xlabel='', # of the x axis
     roles=None, # label -> role, for labels that are none
@@ -68,9 +74,7 @@ def show_hist(values=None, # label -> samples, or x (n,) -> log-density (n,)
     **by_role # exact=, learned=, ...: as values, named by their role
     ):
     "Histograms of one-dimensional samples, and log-densities as lines; returns the axes"
-    if values is not None and not hasattr(values, 'keys'): raise TypeError('values are named: '
-        f'show_hist(learned=x) or show_hist({{"mine": x}}), got {type(values).__name__}')
-    values = {**(values or {}), **by_role}
+    values = _named(values, by_role, 'show_hist')
     data = {k: to_numpy(v).ravel() for k, v in values.items() if not callable(v)}
     good = {k: v[np.isfinite(v)] for k, v in data.items()}
     if xlim is None:
@@ -159,9 +163,7 @@ def show_samples(
     **by_role # exact=, learned=, ...: as samples, named by their role
     ):
     "Samples in the plane as dots, log-densities as contours; returns the axes"
-    if samples is not None and not hasattr(samples, 'keys'): raise TypeError('samples are '
-        f'named: show_samples(learned=x), got {type(samples).__name__}')
-    samples = {**(samples or {}), **by_role}
+    samples = _named(samples, by_role, 'show_samples')
     contours = [contours] if isinstance(contours, str) else contours
     if set(contours) - samples.keys():
         raise ValueError(f'contours names {contours}, but the samples are {list(samples)}')

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .schedule import check_number
+from .schedule import check_number, check_range
 
 # %% ../nbs/05a_sources.ipynb #50be1261
 def _drawn(low, high, like:Tensor) -> Tensor: # (B, 1, 1, 1)
@@ -42,10 +42,7 @@ def vary_sources(x:Tensor, # stamps (B, 1, H, W) in [-1, 1], the sky at -1
     "Sources of every brightness, size, angle and place, drawn by torch's global generator"
     if x.ndim != 4 or x.shape[1] != 1:
         raise ValueError(f'sources are made of grey stamps (B, 1, H, W), got {tuple(x.shape)}')
-    for name, pair in dict(size=size, gamma=gamma, peak=peak).items():
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-            raise ValueError(f'{name} must be a positive range (low, high), got {pair!r}')
-    if peak[1] > 1: raise ValueError(f'peak goes up to 1, the range\'s end, got {peak}')
+    check_range('size', size), check_range('gamma', gamma), check_range('peak', peak, '(0, 1]')
     check_number('shift', shift, '[0, 1]'), check_number('companion', companion, '[0, 1]')
     light = ((x + 1)/2 - .02).clamp(min=0) # no sky
     beside = _placed(light.roll(1, 0), (.2, .5), .35)

@@ -21,7 +21,7 @@ from .posterior import gradients
 from .priors import (_belongs, _check_data, _check_network, _descend, _known, _nets,
     _noised, _schedule_card, _schedule_of, _train)
 from .samplers import CLEAN, CallCounter, Level, Samples, bridge, prepare, ticks
-from .schedule import check_number, check_whole, levels
+from .schedule import check_number, check_schedule, check_whole, levels
 
 # %% ../nbs/14e_supervised.ipynb #3302d9b8
 def _check_seen(x:Tensor, seen:Tensor):
@@ -40,10 +40,7 @@ class ConditionalDenoiser(Bookkeeping):
         variance=1. # mean square of the data's entries
         ):
         super().__init__()
-        if not callable(schedule) or isinstance(schedule, type):
-            raise ValueError(f'ConditionalDenoiser needs a schedule, got {schedule!r}: '
-                             'pass one such as schedule=Cosine()')
-        self.net, self.schedule = net, schedule
+        self.net, self.schedule = net, check_schedule(schedule, self)
         self.variance = check_number('variance', variance, hint='the mean square of the data')
     def sizes(self, x, t) -> tuple: # alpha, sigma and c, each ready to multiply `x`
         "Signal, noise, and the size of a noised image"

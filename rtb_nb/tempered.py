@@ -24,8 +24,8 @@ def next_temperature(log_r:Tensor, # log-likelihood of each particle (n,)
     "The largest inverse temperature, up to 1, that leaves enough particles in effect"
     check_number('beta', beta, '[0, 1]'), check_number('keep', keep, '(0, 1)')
     if log_r.ndim != 1 or not (log_r < math.inf).all():
-        raise ValueError('log_r must be (n,), one number per particle, below infinity, '
-                         f'got shape {tuple(log_r.shape)}')
+        raise ValueError('log_r must be (n,), one number per particle, below infinity, got '
+            f'{tuple(log_r.shape)}, {int((~(log_r < math.inf)).sum())} of them nan or infinite')
     low, high = 0., 1 - beta
     if _ess(high*log_r) >= keep: return 1.
     for _ in range(60):

@@ -22,6 +22,7 @@ from rtb_nb.schedule import Cosine
 from rtb_nb.show import show_hist, show_samples
 from rtb_nb.sources import photometry, vary_sources
 from rtb_nb.tempered import next_temperature, tempered
+from rtb_nb.train import Trainer
 
 mixture = MixtureDenoiser(torch.randn(3, 2), .3, schedule=Cosine())
 grey = torch.zeros(1, 16, 16)
@@ -45,7 +46,13 @@ refusals = {
     'prior draws too few': (lambda: tempered(lambda x: x[:, 0], lambda x: x[:, 0],
         lambda n: torch.randn(n//4, 2), 40), 'draw_prior(40) must answer 40 draws'),
     'temperature': (lambda: next_temperature(torch.zeros(4), 2.), 'beta must lie in [0, 1]'),
-    'log r of a column': (lambda: next_temperature(torch.zeros(4, 1), .5), 'got shape (4, 1)'),
+    'log r of a nan': (lambda: next_temperature(torch.tensor([0., math.nan]), .5),
+        'got (2,), 1 of them nan'),
+    'a brightness above the range': (lambda: vary_sources(torch.zeros(1, 1, 8, 8),
+        peak=(.2, 1.5)), 'peak must lie in (0, 1], got 1.5'),
+    'a range that falls': (lambda: LensFamily(psf=(.2, .1)), 'psf must rise, got (0.2, 0.1)'),
+    'log r of a column': (lambda: next_temperature(torch.zeros(4, 1), .5),
+        'got (4, 1), 0 of them nan'),
     'events of a mixture': (lambda: mixture(torch.zeros(4, 1, 2), torch.tensor(.5)),
         'this mixture is over events (2,), got (1, 2)'),
     'events of a Gaussian': (lambda: GaussianDenoiser(torch.zeros(2), torch.eye(2), Cosine())(
@@ -57,12 +64,12 @@ refusals = {
     'sides of a decoder': (lambda: Decoder((16,), (1, 30, 30)), 'divisible by 8'),
     'photometry of colours': (lambda: photometry(torch.zeros(1, 3, 8, 8)), 'grey images'),
     'a number for a range': (lambda: vary_sources(torch.zeros(1, 1, 8, 8), peak=.5),
-        'peak must be a positive range (low, high), got 0.5'),
+        'peak must be a range (low, high), got 0.5'),
     'another distribution': (lambda: interval_coverage(torch.randn(40, 1),
         torch.distributions.Normal(torch.zeros(2), 1.)), 'must have batch shape (1,)'),
     'kernel without width': (lambda: gaussian_kernel(-.1, .05), 'std must be zero or a pos'),
-    'a number for a family': (lambda: LensFamily(psf=.1), 'psf must be a positive range'),
-    'a lens beyond round': (lambda: LensFamily(q=(.5, 1.5)), 'q goes up to 1'),
+    'a number for a family': (lambda: LensFamily(psf=.1), 'psf must be a range'),
+    'a lens beyond round': (lambda: LensFamily(q=(.5, 1.5)), 'q must lie in (0, 1], got 1.5'),
     'levels out of range': (lambda: levels_at(plane(8).prior, [2., .5]), 'within [0, 1]'),
     'halving of a sign': (lambda: tune([-1., 1.], lambda v: 2. - v, halvings=2), 'logarithm'),
     'maps of one sample': (lambda: show_maps(torch.zeros(1, 1, 8, 8)), 'two at least'),
@@ -82,9 +89,8 @@ kinds = {
         'spacing must be a function of time'),
     'a measurement of a tilted prior': (lambda: Tilted(plane(8).prior, lambda x: x[:, 0])
         .likelihood(torch.zeros(1, 2)), 'use prior.simulate'),
-    'a problem for a posterior': (lambda: plane(8).problem, 'use problem.posterior(drifts)'),
     'unnamed samples': (lambda: show_samples(torch.zeros(4, 2)), 'samples are named'),
-    'unnamed values': (lambda: show_hist(torch.zeros(4)), 'values are named'),
+    'unnamed values': (lambda: show_hist(torch.zeros(4)), 'show_hist(learned=x)'),
 }
 
 @pytest.mark.parametrize('name', refusals)
@@ -110,3 +116,8 @@ def test_a_broken_sample_breaks_every_score_of_modes():
 def test_a_network_takes_a_plain_time():
     denoiser = EpsDenoiser(lambda x, t: x*t.reshape(-1, 1), Cosine())
     assert denoiser(torch.ones(3, 2), .5).shape == (3, 2)
+
+
+def test_a_problem_is_no_posterior():
+    assert not hasattr(plane(8), 'problem')
+    with pytest.raises(AttributeError, match='use problem.posterior'): Trainer(plane(8), None)
