@@ -49,9 +49,17 @@ def to_numpy(x) -> np.ndarray: # on the CPU, without gradient
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 # %% ../nbs/00_show.ipynb #0c666ab3
+def _sharpen(backend:str):
+    "Twice the pixels in a notebook whose format nobody chose"
+    if 'inline' not in backend: return
+    from matplotlib_inline.config import InlineBackend
+    inline = InlineBackend.instance()
+    if inline.figure_formats == {'png'}: inline.figure_formats = {'retina'}
+
 def new_axes(rows=1, cols=1, width=4., height=3., **kw):
     "A compact figure's axes, and matplotlib imported only now"
     import matplotlib.pyplot as plt
+    _sharpen(plt.get_backend())
     page = dict(figsize=(width, height), dpi=72, layout='constrained')
     fig, axes = plt.subplots(rows, cols, **page, **kw)
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.02, hspace=.02)

@@ -1,4 +1,6 @@
 "What the plots draw: contours from samples, maps with units, limits of colours"
+import base64
+import nbclient, nbformat
 import numpy as np
 import pytest, torch
 from matplotlib import pyplot as plt
@@ -91,3 +93,18 @@ def test_maps_of_two_rows_share_the_scale_of_their_spread():
 def test_maps_need_no_truth():
     axes = show_maps(torch.randn(9, 1, 8, 8))
     assert [ax.get_title() for ax in axes.flat] == ['mean', 'std']
+
+
+svg = "%config InlineBackend.figure_format = 'svg'\n"
+
+@pytest.mark.parametrize('chosen, kind', [('', 'image/png'), (svg, 'image/svg+xml')])
+def test_a_notebook_has_twice_the_pixels_unless_its_format_was_chosen(chosen, kind, monkeypatch):
+    monkeypatch.delenv('MPLBACKEND', raising=False)
+    source = f"{chosen}from rtb_nb.show import show_curves; show_curves({{'a': [1, 2]}});"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbclient.execute(book)
+    picture, = (o for o in book.cells[0].outputs if o.output_type == 'display_data')
+    assert kind in picture.data
+    if kind == 'image/png': # its header says how wide it is
+        width = int.from_bytes(base64.b64decode(picture.data[kind])[16:20], 'big')
+        assert picture.metadata[kind]['width'] in (width//2, width//2 + 1)
