@@ -212,8 +212,8 @@ def show_curves(curves, # label -> (xs, ys) or (xs, ys, standard errors)
     styles = curve_styles(curves, roles)
     data = {label: [to_numpy(v) for v in curve] for label, curve in curves.items()}
     for label, (x, y, *_) in data.items():
-        if len(x) != len(y):
-            raise ValueError(f'{label!r} has {len(x)} xs and {len(y)} ys: give as many of each')
+        if x.ndim != 1 or x.shape != y.shape: raise ValueError(f'{label!r} has xs of shape '
+            f'{x.shape} and ys of shape {y.shape}: give as many of each, in a row')
     if ax is None: ax = new_axes(height=2.6)
     for (label, (x, y, *se)), (colour, style) in zip(data.items(), styles):
         ax.plot(x, y, color=colour, ls=style, lw=1.5, marker=marker, ms=4, label=label)

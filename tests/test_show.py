@@ -98,9 +98,9 @@ def test_maps_need_no_truth():
 svg = "%config InlineBackend.figure_format = 'svg'\n"
 
 @pytest.mark.parametrize('chosen, kind', [('', 'image/png'), (svg, 'image/svg+xml')])
-def test_a_notebook_has_twice_the_pixels_unless_its_format_was_chosen(chosen, kind, monkeypatch):
+def test_notebooks_have_twice_the_pixels_unless_a_format_was_chosen(chosen, kind, monkeypatch):
     monkeypatch.delenv('MPLBACKEND', raising=False)
-    source = f"{chosen}from rtb_nb.show import show_curves; show_curves({{'a': [1, 2]}});"
+    source = f"{chosen}from rtb_nb.show import *; show_curves({{'a': ([1, 2], [3, 4])}});"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     nbclient.execute(book)
     picture, = (o for o in book.cells[0].outputs if o.output_type == 'display_data')
