@@ -14,7 +14,7 @@ from torch import Tensor
 from .amortise import gap, paired_log_weights
 from .likelihood import InverseProblem, as_double, residual_chi2
 from .schedule import check_whole
-from .tempered import systematic
+from .tempered import in_effect, systematic
 
 # %% ../nbs/15_evidence.ipynb #ca045103
 def as_values(values, dim=-1) -> Tensor: # float64
@@ -55,8 +55,7 @@ def log_mean_exp(log_w, dim=-1) -> Tensor: # nats
 # %% ../nbs/15_evidence.ipynb #15fa7143
 def effective_sample_size(log_w, dim=-1) -> Tensor: # between 1 and the number of samples
     "(sum w)^2 / sum w^2, in samples (Kong 1992)"
-    log_w = as_values(log_w, dim)
-    return (2*log_w.logsumexp(dim) - (2*log_w).logsumexp(dim)).exp()
+    return in_effect(as_values(log_w, dim), dim)
 
 # %% ../nbs/15_evidence.ipynb #86e08e8e
 def evidence(log_w # log-weights of one measurement's paths, (n,)

@@ -14,7 +14,7 @@ from .denoise import safe_alpha
 from .posterior import Posterior
 from .samplers import Level, Samples, ladder, offset_of, prepare, sampler, ticks
 from .schedule import check_number, check_whole
-from .tempered import systematic
+from .tempered import in_effect, systematic
 
 # %% ../nbs/11a_particles.ipynb #9a9e9685
 def observe(op, target, x, q:float, r:float, noise) -> Tensor: # (B, ...)
@@ -156,8 +156,7 @@ def renew(log_w:Tensor, # (F, M)
     noise) -> tuple: # rows to keep (F M,), their weights (F, M), the logs of the means (F,)
     "Resample the filters whose effective sample size is below half of their particles"
     M = log_w.shape[1]
-    ess = (2*log_w.logsumexp(1) - (2*log_w).logsumexp(1)).exp()
-    tired = (ess < M/2)[:, None]
+    tired = (in_effect(log_w, 1) < M/2)[:, None]
     stay = torch.arange(M, device=log_w.device)
     rows = rows_of(torch.where(tired, resampled(log_w, noise), stay), M)
     mean = torch.where(tired[:, 0], log_w.logsumexp(1) - math.log(M), 0.)
