@@ -30,7 +30,7 @@ _moved = {
                  'end_noise': 'rtb_nb.posterior.Step, as step.noise_of_end',
                  'end_shift': 'rtb_nb.posterior.Step, as step.end_as_drift'},
     'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture') |
-        _to('photons', 'PhotonNoise'),
+        _to('photons', 'PhotonNoise') | _to('behaviours', 'together', 'whole_batch'),
     'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet',
                     'attention_or_convolution') |
         _to('checkpoints', 'save_tensors', 'load_tensors', 'flat_state', 'load_state'),

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .behaviours import Behaviour
+from .behaviours import Behaviour, together, whole_batch
 from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tensors
 from .covariance import whitened
 from .diffusion import Diffusion, Trajectories
-from .likelihood import InverseProblem, Likelihood, together, whole_batch
+from .likelihood import InverseProblem, Likelihood
 from .posterior import Posterior, gaussian_log_ratio
 from .schedule import check_whole
 from .train import Trainer

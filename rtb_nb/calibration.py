@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .evidence import as_double, as_floats, as_values, standard_error
-from .schedule import check_number, check_whole
+from .evidence import as_floats, as_values, standard_error
+from .schedule import as_double, check_number, check_whole
 
 # %% ../nbs/15b_calibration.ipynb #bc970fba
 def interval_coverage(x, # samples (n, ...), two at least

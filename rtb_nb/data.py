@@ -64,7 +64,7 @@ def _file(path, wanted:str # what to give instead
     ) -> Path:
     "A path with ~ expanded, refused where there is no file"
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f'a path is needed, got {type(path).__name__} {path!r}: {wanted}')
+        raise TypeError(f'a path is needed, got {type(path).__name__}: {wanted}')
     path = Path(path).expanduser()
     if not path.is_file(): raise ValueError(f'no file {path}: {wanted}')
     return path
@@ -289,10 +289,11 @@ def _grey(im:np.ndarray) -> np.ndarray: # (H, W)
     return im.astype(np.float64)
 
 # %% ../nbs/05_data.ipynb #f11f7742
-def read_image(path, # .npy, .png or .fits; two-dimensional, or colour (averaged to grey)
+def read_image(path, # .npy, .png, .fits or an array; (H, W), or colour (averaged to grey)
     hdu=None # name or number of a FITS extension; None: SCI, or the first no error or mask
     ) -> np.ndarray: # (H, W) floats
     "One grey image from a file"
+    if isinstance(path, np.ndarray): return _grey(path)
     name = Path(path).name if isinstance(path, (str, os.PathLike)) else ''
     ending = next((e for e in _endings if name.lower().endswith(e)), None)
     if name and ending is None:

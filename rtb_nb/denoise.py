@@ -7,6 +7,7 @@ __all__ = ['white_error', 'bcast', 'Bookkeeping', 'Denoiser', 'denoising_error',
            'MixtureDenoiser', 'X0Denoiser', 'VDenoiser', 'safe_alpha', 'EpsDenoiser', 'check_start']
 
 # %% ../nbs/02_denoise.ipynb #1b6008f8
+import warnings
 from contextlib import nullcontext
 from numbers import Real
 import torch
@@ -93,6 +94,8 @@ def calibrate(self:Denoiser,
 ):
     "Measure the error of the guess on held-out data, for `error`"
     times, seed = check_whole('times', times, 2), check_whole('seed', seed, 0)
+    if not x0.is_floating_point(): raise TypeError(f'calibrate got images of {x0.dtype}: give '
+        'floats on the scale that the network was trained on')
     x0 = _at_least_single(x0)
     variance = widest(x0).var(0, correction=0).mean()
     if not (variance > 0 and variance.isfinite()):
@@ -103,7 +106,13 @@ def calibrate(self:Denoiser,
     t[0] = 5e-3
     self.data_variance, self.table_t = variance, widest(t, x0.device)
     mse = [denoising_error(self, x0, u, gen) for u in t.tolist()]
-    self.table_ratio = widest(mse, x0.device)/self.white_error(self.table_t)
+    white = self.white_error(self.table_t)
+    self.table_ratio = widest(mse, x0.device)/white
+    some = (white > .1*variance) & (white < .7*variance)
+    worst = self.table_ratio[some].max().item() if some.any() else 0.
+    if worst > 1.25: warnings.warn(f'under moderate noise the guesses err {worst:.2g} times as '
+        'much as if the network did not look: is the schedule that of its training, the time '
+        'on its scale (999*t), and does it predict what this denoiser thinks?', stacklevel=2)
     return self
 
 # %% ../nbs/02_denoise.ipynb #5781d1e0
@@ -253,10 +262,14 @@ class X0Denoiser(Denoiser):
     "Denoiser from a network `net(x, t)` that predicts the image"
     def __init__(self, net, schedule): super().__init__(schedule); self.net = net
     def answer(self, x, t) -> Tensor: # shape and precision of `x`
-        "What the network says, computed in the precision of its weights"
+        "What the network says to x and t (B,), in the precision of its weights"
         weights = self.net.parameters() if isinstance(self.net, nn.Module) else ()
         own = next((w.dtype for w in weights if w.is_floating_point()), x.dtype)
-        return self.net(x.to(own), torch.as_tensor(t, device=x.device)).to(x.dtype)
+        said = self.net(x.to(own), torch.as_tensor(t, device=x.device).expand(len(x)))
+        if getattr(said, 'shape', None) == x.shape: return said.to(x.dtype)
+        got = f'shape {tuple(said.shape)}' if isinstance(said, Tensor) else type(said).__name__
+        raise ValueError(f'the network must answer a tensor shaped like x, {tuple(x.shape)}, '
+            f'got {got}: wrap it, as lambda x, t: net(x, t).sample or net(x, t)[:, :3]')
     def forward(self, x, t): return self.answer(x, t)
     def target(self, x0, eps, t):
         "What the network should answer"

@@ -102,9 +102,8 @@ def __getitem__(self:Trajectories, i) -> Trajectories: # i indexes the batch: a 
 @patch
 def to(self:Trajectories, device) -> Trajectories:
     "The same paths on another device"
-    move = lambda v: None if v is None else v.to(device)
-    parts = (self.x, self.y, self.x0_hat, self.branch)
-    return Trajectories(*map(move, parts), self.guessed_by)
+    parts = self.x, self.y, self.x0_hat, self.branch
+    return Trajectories(*(v if v is None else v.to(device) for v in parts), self.guessed_by)
 
 # %% ../nbs/03_diffusion.ipynb #fe6974ee
 @patch(cls_method=True)
@@ -180,9 +179,8 @@ class Diffusion(Described, nn.Module):
                 f'{in_words(denoiser)}: wrap a net, EpsDenoiser(net, Cosine()).calibrate(x0)')
         if not isinstance(shape, tuple|list|torch.Size):
             raise TypeError(f'shape is that of one event, such as (1, 32, 32), got {shape!r}')
-        if not isinstance(covariance, Covariance|None):
-            raise ValueError(f'covariance must be a Covariance, got {covariance!r}: '
-                "use load_covariance('sources-32'), or Covariance.of(samples)")
+        if not isinstance(covariance, Covariance|None): raise ValueError('covariance must be a '
+            f"Covariance, got {covariance!r}: load_covariance('sources-32') is one")
         if covariance is not None and covariance.shape != tuple(shape):
             raise ValueError(f'this covariance is of events {covariance.shape}, the prior is '
                 f'over {tuple(shape)}: make one with Covariance.of(samples)')
@@ -193,8 +191,13 @@ class Diffusion(Described, nn.Module):
         check_start(denoiser, alpha[0])
         device = next(denoiser.buffers(), t).device
         error = (error or denoiser.error)(t[:-1].to(device)).double().cpu()
-        self.denoiser, self.shape, self.last_noise = denoiser, tuple(shape), last_noise
+        self.denoiser, self.shape, self.last_noise = denoiser.eval(), tuple(shape), last_noise
         self.chain = Chain(t, alpha, sigma, error, covariance).to(device)
+    def train(self, mode=True):
+        "As of any module; the prior's network stays as it is used, without dropout"
+        super().train(mode)
+        if self.denoiser is not None: self.denoiser.eval()
+        return self
     def start(self, shape # (B, ...)
         ) -> Distribution:
         "Where every path begins: pure noise"

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from safetensors.torch import load_file
 from .evidence import as_floats, as_values
-from .likelihood import as_double
-from .schedule import check_number, check_whole
+from .schedule import as_double, check_number, check_whole
 
 # %% ../nbs/15a_distances.ipynb #a94a023d
 def _paired_images(x, truth) -> tuple: # both (B, C, H, W)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .amortise import gap, paired_log_weights
-from .likelihood import InverseProblem, as_double, residual_chi2
-from .schedule import check_whole
+from .likelihood import InverseProblem, residual_chi2
+from .schedule import as_double, check_whole
 from .tempered import in_effect, systematic
 
 # %% ../nbs/15_evidence.ipynb #ca045103
@@ -155,7 +155,7 @@ def score_samples(problem, # an `InverseProblem`
     perceptual=None, # a distance (a, b) -> (B,), such as an `LPIPS`
     chunk=64 # samples per operator call
     ) -> dict: # floats; None for the spread of a single sample
-    "Of any samples: E log r, chi2 (of Gaussian noise), spread, and their distance to the truth"
+    "Of any samples: E log r, chi2 (of noise with a variance), spread, distance to the truth"
     y, chunk = _one_measurement(problem, y), check_whole('chunk', chunk)
     x = torch.as_tensor(x).detach().to(y)
     shape, n = tuple(problem.prior.shape), len(x) if x.ndim else 0
@@ -167,9 +167,11 @@ def score_samples(problem, # an `InverseProblem`
     numbers = dict(e_log_r=as_values(torch.cat(log_r)).mean(),
                    pixel_std=as_double(x).std(0).mean() if n > 1 else None,
                    diversity=diversity(x) if n > 1 else None)
-    if problem.likelihood.std is not None:
+    likelihood, first = problem.likelihood, parts[0]
+    measured = likelihood.operator is not None
+    if measured and likelihood.moments(likelihood.mean(first)) is not None:
         numbers['chi2'] = torch.cat([problem.chi2(part, y) for part in parts]).mean()
-        if numbers['chi2'] > 100: _hint_at_units(y, problem.operator(parts[0]))
+        if numbers['chi2'] > 100: _hint_at_units(y, problem.operator(first))
     if truth is not None:
         numbers |= _beside_truth(problem, x, y, torch.as_tensor(truth).to(x), perceptual, chunk)
     return as_floats(numbers)
@@ -185,9 +187,9 @@ def evaluate(posterior, # a `Posterior` of an `InverseProblem`
     """Draw samples, and judge them and their paths.
 
     In nats: `e_log_r` (how well samples explain y), `elbo` and `iw` with errors `elbo_se` and
-    `iw_se`, `std` of the log-weights. Samples: `ess` of `n`. Without units: `chi2` (Gaussian
-    noise alone), `finite` (share of log-weights). In the data's units: `pixel_std`, `diversity`
-    (between samples), and beside a truth `error` of each sample and `mean_error` of their mean.
+    `iw_se`, `std` of the log-weights. Samples: `ess` of `n`. Without units: `chi2` (if noise
+    has a variance), `finite` (share of log-weights). In the data's units: `pixel_std`,
+    `diversity` (between samples), and beside a truth `error` of each sample and `mean_error` of their mean.
     `truth_log_r`, in nats, is the truth's own. `calls` are those of the prior's network.
     """
     n, chunk, problem = check_whole('n', n), check_whole('chunk', chunk), posterior.problem

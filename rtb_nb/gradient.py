@@ -9,10 +9,9 @@ __all__ = ['path_form', 'PathTrainer', 'GapTrainer']
 import torch
 from torch import Tensor
 from .amortise import Bank, Fresh, bridge_log_ratio
-from .behaviours import OnPolicy
+from .behaviours import OnPolicy, whole_batch
 from .covariance import scaled, whitened
 from .diffusion import Trajectories
-from .likelihood import whole_batch
 from .posterior import Posterior, gaussian_log_ratio, gradients
 from .schedule import check_whole
 from .train import Trainer

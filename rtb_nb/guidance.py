@@ -7,7 +7,7 @@ __all__ = ['Guidance', 'MomentMatching', 'GaussianMatching', 'convolved_score', 
            'LikelihoodGradient', 'ProximalMatching', 'Gate', 'GuideShift', 'measurement_feature', 'likelihood_slope']
 
 # %% ../nbs/10_guidance.ipynb #47c56865
-import weakref
+import math, warnings, weakref
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -181,9 +181,17 @@ def _leaf(x:Tensor) -> tuple: # something to differentiate in; whether a graph i
 def _differentiable(value:Tensor, part='operator') -> Tensor:
     "The value, if this part let a gradient through"
     if value.requires_grad: return value
-    raise ValueError(f'the {part} lets no gradient through, as numpy, round() and detach() do '
-        'not: use torch in it, or a drift that needs none: image_drifts(problem, '
-        'feature=f)[1:] with an f(step) that shows y as an image')
+    raise ValueError(f'the {part} lets no gradient through, as numpy and detach() do '
+        'not: use torch in it, or drifts that need none: image_drifts(problem, feature=f)[1:] '
+        'with an f(step) that shows y as an image (lambda step: step.x where there is no y), '
+        'vector_drifts(problem, feature=None) for points')
+
+def _felt(g:Tensor, what:str) -> Tensor:
+    "A gradient, with a warning where it is zero for every sample"
+    if not g.any(): warnings.warn(f'{what} moves nothing: the gradient is zero everywhere, as '
+        'behind round() or a detector that is full; a guide that needs none, or RTB with '
+        'image_drifts(problem, feature=f)[1:], can do without', stacklevel=3)
+    return g
 
 def _guess_gradient(step:Step, denoiser, # the one behind the step's guess
     value, # x0_hat (B, ...) -> a scalar, summed over the batch
@@ -223,7 +231,8 @@ class DPS(Guidance):
     def forward(self, step):
         (y, likelihood), denoiser = self.measured(step), self.guessing(step)
         norm = lambda x0: (y - likelihood.operator(x0)).flatten(1).norm(dim=1).sum()
-        return whitened(step.std, _guess_gradient(step, denoiser, norm, 'DPS'), -self.scale)
+        g = _felt(_guess_gradient(step, denoiser, norm, 'DPS'), 'DPS')
+        return whitened(step.std, g, -self.scale)
 
 # %% ../nbs/10_guidance.ipynb #f0598a14
 def log_gradient(log_r, # x0 (B, ...) -> (B,)
@@ -245,7 +254,7 @@ class LikelihoodGradient(Guidance):
     def forward(self, step):
         y, likelihood = self.measured(step)
         g = log_gradient(lambda x0: likelihood.log_prob(x0, y), step.x0_hat)
-        return g.clamp(-self.clip, self.clip)
+        return _felt(g, 'LikelihoodGradient').clamp(-self.clip, self.clip)
 
 # %% ../nbs/10_guidance.ipynb #7d407cf3
 class ProximalMatching(MomentMatching):
@@ -261,10 +270,23 @@ class ProximalMatching(MomentMatching):
     def move(self, step):
         (y, likelihood), guess, r2 = self.measured(step), step.guess_of_end(), self.error(step)
         x, pace = guess, 1/(1/r2 + self.stretch/likelihood.noise_std**2)
-        for _ in range(self.sweeps):
+        for i in range(self.sweeps):
             g = log_gradient(lambda v: likelihood.log_prob(v, y), x)
-            x = x + pace*(g - (x - guess)/r2)
+            if not i: _felt(g, 'ProximalMatching')
+            last = pace*(g - (x - guess)/r2)
+            if not i: first = last
+            x = x + last
+        if self.sweeps > 1: self._settled(first.detach(), last.detach(), pace, r2)
         return x - guess
+    def _settled(self, first, last, pace, r2): # moves (B, ...)
+        "Warn of a climb whose moves grow"
+        growth = (last.abs().max()/first.abs().max().clamp(min=1e-12)).item()
+        if growth < 1e3: return
+        rate = (1 + min(growth, 1e30)**(1/(self.sweeps-1)))/pace - 1/r2 # of the fastest
+        slope = self.stretch*(rate/(1/pace - 1/r2)).max().item()
+        warnings.warn(f'{type(self).__name__} climbs away, its moves grow {growth:.1e} times '
+            f'in {self.sweeps} sweeps: stretch={self.stretch:g} is too small, and should be '
+            f"the operator's largest squared slope, about {slope:.2g} here", stacklevel=3)
 
 # %% ../nbs/10_guidance.ipynb #2f893bdc
 def _constant(step:Step, v:Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def _noise(noise, shape, size) -> np.ndarray: # of the averaged pixels: one numb
     return each if noise.shape else each[0, 0]
 
 # %% ../nbs/08_lensing.ipynb #1edc536f
-def load_observation(path, # .npy, .png or .fits
+def load_observation(path, # .npy, .png or .fits, or an array (H, W)
     pixel_scale, # arcsec per pixel of the file
     size=None, # pixels per side after averaging; None: the file's own
     noise=None, # of the file's pixels, in its units: a number or a map; None: it is measured
@@ -304,8 +304,9 @@ def load_observation(path, # .npy, .png or .fits
     if unit is None:
         brightest, level = ndimage.median_filter(light, 3).max(), _noise_level(light)
         if not brightest > 5*level: raise ValueError(
-            f'nothing in {path} stands five noises ({level:g}) above its sky ({sky:g}): '
-            f'cut the file to the lens, or give unit= (fov {fov:.3g} arcsec was kept)')
+            f'nothing in this image stands five noises ({level:g}) above its sky ({sky:g}): '
+            'if light reaches the border give sky=, else cut the file to the lens or give unit='
+            f' (fov {fov:.3g} arcsec was kept)')
         unit = brightest/check_number('peak', peak, '(0, 1]')
     y = light/check_number('unit', unit)
     if std is None: std = _noise_level(light)
@@ -315,19 +316,26 @@ def load_observation(path, # .npy, .png or .fits
 
 # %% ../nbs/08_lensing.ipynb #3af9bf48
 def even_noise(operator, # linear, to images of the map's shape
-    y, # measurement (1, ...)
-    noise_map # noise of each pixel, the shape of y; inf leaves a pixel out
+    y, # measurements (M, ...)
+    noise_map # noise of each pixel of one, (1, ...); inf leaves a pixel out
     ) -> tuple: # operator, y, noise_std
     "Weigh pixels so that all have the map's median noise"
     import scipy.sparse
-    noise_map = torch.as_tensor(noise_map).double().cpu()
-    if noise_map.shape != y.shape or not (noise_map > 0).all():
-        raise ValueError(f'noise_map must be positive and of shape {tuple(y.shape)}, '
-                         f'got {tuple(noise_map.shape)} from {noise_map.min().item():g}')
-    std = noise_map[noise_map.isfinite()].median().item()
-    weight = std/noise_map
+    if not hasattr(operator, 'adjoint'): raise TypeError('even_noise weighs a linear operator, '
+        f'got {type(operator).__name__}: divide a function and y by the map, with noise_std=1')
+    y, noise_map = torch.as_tensor(y), torch.as_tensor(noise_map).double().cpu()
+    event, given = tuple(operator.out_shape), tuple(noise_map.shape)
+    if given not in (event, (1, *event)) or tuple(y.shape[1:]) != event: raise ValueError(
+        f'noise_map must be (1, ...) and y (M, ...) of events {event}, got {given} and '
+        f'{tuple(y.shape)}: noise_map[None] adds the batch')
+    seen, odd = noise_map.isfinite(), noise_map[~(noise_map > 0)]
+    if len(odd): raise ValueError(f'noise_map has {len(odd)} values that are not positive, '
+        f'such as {odd[0]:g}: a pixel to be left out has inf')
+    if not seen.any(): raise ValueError('noise_map leaves every pixel out: none is finite')
+    std = noise_map[seen].median().item()
+    weight, seen = (std/noise_map).reshape(1, *event), seen.reshape(1, *event)
     rows = SparseMatrix(scipy.sparse.diags_array(weight.flatten().numpy()),
                         operator.out_shape, operator.out_shape).to(y.device)
-    weighed, seen = Compose(rows, operator), noise_map.isfinite()
+    weighed = Compose(rows, operator)
     if not seen.all(): weighed.register_buffer('seen', seen.to(y.device))
-    return weighed, y*weight.to(y), std
+    return weighed, torch.where(seen.to(y.device), y*weight.to(y), 0.), std

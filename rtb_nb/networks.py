@@ -37,6 +37,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t, n:int # batch size, for a scalar t
         ):
         freq = self.freq.value
+        if t.ndim and t.stride(0) == 0: t = t[:1] # one time for all, expanded
         arg = t.to(freq).reshape(-1, 1)*freq
         waves = torch.cat([arg.sin(), arg.cos()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype)).expand(n, -1)

@@ -9,6 +9,7 @@ __all__ = ['PhotonNoise']
 import math
 from dataclasses import dataclass
 import torch
+from torch import Tensor
 from torch.distributions import (AffineTransform, Distribution, Poisson,
     TransformedDistribution)
 from .schedule import check_number
@@ -20,13 +21,24 @@ class _Counts(Poisson):
         whole = (value > -.1) & ((value - value.round()).abs() < .1 + 1e-6*value.abs())
         return torch.where(whole, super().log_prob(value.clamp(min=0)), -math.inf)
 
+class _Photons(TransformedDistribution):
+    "Counts in the measurement's units"
+    def __init__(self, rate, dark:float, unit:float):
+        self.dark, self.unit = dark, unit
+        super().__init__(_Counts(rate, validate_args=False), AffineTransform(dark, unit),
+                         validate_args=False)
+    @property
+    def mean(self): return self.dark + self.unit*self.base_dist.mean
+    @property
+    def variance(self): return self.unit**2*self.base_dist.variance
+
 @dataclass(frozen=True)
 class PhotonNoise:
     "Poisson noise in the measurement's units: the noise of counted photons"
-    photons:float # expected where the mean is `bright`
+    photons:float # expected of light alone where the mean is `bright`
     dark:float=-1. # mean without light
     bright:float=1.
-    background:float=.01 # fewest photons expected anywhere
+    background:float=.01 # photons of sky and detector, expected everywhere on top
     def __post_init__(self):
         check_number('photons', self.photons)
         check_number('background', self.background, hint='it is in photons')
@@ -37,11 +49,21 @@ class PhotonNoise:
         "Of a measurement, per photon"
         return (self.bright - self.dark)/self.photons
     def __call__(self, mean) -> Distribution:
-        rate = ((mean - self.dark)/self.unit).clamp(min=self.background)
-        return TransformedDistribution(_Counts(rate, validate_args=False),
-            AffineTransform(self.dark, self.unit), validate_args=False)
+        rate = ((mean - self.dark)/self.unit).clamp(min=0) + self.background
+        return _Photons(rate, self.dark, self.unit)
+    def measured(self, counts) -> Tensor: # shaped like `counts`
+        "Whole photons, sky and all, as a measurement in the operator's units"
+        counts = torch.as_tensor(counts)
+        if not ((counts >= 0) & (counts == counts.round())).all():
+            raise ValueError('counts are whole photons, none below zero: leave the sky in, and '
+                             'say how much it is, background=...')
+        return self.dark + self.unit*counts
     def check(self, y):
-        "Refuse what no count of photons can be"
+        "Refuse what no count of photons can be, or what are bare counts"
+        most = (y.max().item() - self.dark)/self.unit if y.numel() else 0
+        if most > 10*(self.photons + self.background): raise ValueError('y reaches '
+            f'{most:,.0f} photons, where `bright` stands for {self.photons:g}: give counts as '
+            'noise.measured(counts)')
         one = _Counts(torch.ones(()), validate_args=False)
         none = one.log_prob((y - self.dark)/self.unit) == -math.inf
         if none.any():

@@ -34,8 +34,11 @@ class Step:
     known:dict=field(default_factory=dict, repr=False) # drifts already computed
     def of(self, drift) -> Tensor:
         "The drift `drift` at this step, computed once"
-        if drift not in self.known: self.known[drift] = drift(self)
-        return self.known[drift]
+        if drift in self.known: return self.known[drift]
+        u = self.known[drift] = drift(self)
+        if u.shape == self.x.shape: return u
+        raise ValueError(f'the drift {type(drift).__name__} must answer the shape of x, '
+            f'{tuple(self.x.shape)}, got {tuple(u.shape)}')
     def as_drift(self, delta:Tensor # how far to move the guess of the clean image (B, ...)
         ) -> Tensor: # the drift that does it
         "Moving x0_hat moves the step's mean by c0 times as much"

@@ -80,7 +80,7 @@ bad_input = {
                   'EpsDenoiser cannot start at alpha = 1e-09, below 0.001: pass a start'),
     'role': (lambda: show.show_hist({'a': [1., 2.]}, roles={'a': 'blue'}),
              'is no role: use one of'),
-    'curve': (lambda: show.show_curves({'a': ([1], [1, 2])}), "'a' has 1 xs and 2 ys"),
+    'curve': (lambda: show.show_curves({'a': ([1], [1, 2])}), "'a' has xs of shape (1,)"),
     'points': (lambda: show.show_samples(prior=torch.zeros(4, 3)), 'select two coordinates'),
     'density': (lambda: show.show_density(lambda x: x[:, 0]*nan, (0, 1), (0, 1)),
                 'give limits'),

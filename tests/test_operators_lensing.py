@@ -97,8 +97,11 @@ bad_input = {
     'plane': (lambda d: show_sky(Lens(size=8), torch.zeros(1, 1, 8, 8), planes='sky'),
               "a plane is 'source' or 'image', got 'sky'"),
     'even noise': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
-                                        torch.ones(8, 8)),
-                   'noise_map must be positive and of shape (1, 1, 8, 8)'),
+                                        torch.ones(8, 8)), 'noise_map[None] adds the batch'),
+    'no noise': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
+                                      torch.zeros(1, 1, 8, 8)), 'a pixel to be left out'),
+    'nothing seen': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
+                     torch.full((1, 1, 8, 8), math.inf)), 'leaves every pixel out'),
     'lens shape': (lambda d: Lens(size=8)(torch.zeros(2, 1, 9, 9)),
                    'x has shape (2, 1, 9, 9), expected (B, 1, 8, 8)'),
 }
