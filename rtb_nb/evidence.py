@@ -189,7 +189,8 @@ def evaluate(posterior, # a `Posterior` of an `InverseProblem`
     In nats: `e_log_r` (how well samples explain y), `elbo` and `iw` with errors `elbo_se` and
     `iw_se`, `std` of the log-weights. Samples: `ess` of `n`. Without units: `chi2` (if noise
     has a variance), `finite` (share of log-weights). In the data's units: `pixel_std`,
-    `diversity` (between samples), and beside a truth `error` of each sample and `mean_error` of their mean.
+    `diversity` (between samples), and beside a truth `error` of each sample and `mean_error` of
+    their mean.
     `truth_log_r`, in nats, is the truth's own. `calls` are those of the prior's network.
     """
     n, chunk, problem = check_whole('n', n), check_whole('chunk', chunk), posterior.problem

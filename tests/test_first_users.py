@@ -10,6 +10,7 @@ from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, X0Denoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.drifts import NetDrift
 from rtb_nb.evidence import evaluate
+from rtb_nb.exact import BestDrift, ExactChain
 from rtb_nb.guidance import DPS, Gate, LikelihoodGradient, MomentMatching, ProximalMatching
 from rtb_nb.lensing import even_noise, load_observation
 from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted, residual_chi2
@@ -257,7 +258,9 @@ def test_a_black_box_on_images():
 def test_a_run_that_ends_worse_says_so():
     torch.manual_seed(0)
     said = []
-    posterior = plane(8).posterior([NetDrift(VectorNet(4, 2, width=16))])
+    problem = plane(8)
+    exact = BestDrift(ExactChain(problem, torch.ones(1, 1)))
+    posterior = problem.posterior([exact, NetDrift(VectorNet(4, 2, width=16))])
     wild = torch.optim.Adam(posterior.drifts.parameters(), lr=.3)
     t = Trainer(posterior, OnPolicy(posterior, 64), opt=wild, guard=None, clip=math.inf)
     t.fit(torch.ones(1, 1), 16, warmup=16, anneal=0, log=said.append)
