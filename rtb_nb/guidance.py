@@ -29,7 +29,7 @@ class Guidance(Drift):
         if self.linear and not hasattr(likelihood.operator, 'gram_solve'):
             raise ValueError(f'{name} needs a linear operator, with adjoint and gram_solve; '
                 f'got {type(likelihood.operator).__name__}: make it a Matrix, or a subclass of '
-                'LinearOperator with linear and transpose')
+                'LinearOperator that says linear(x)')
         return step.y, likelihood
     def guessing(self, step:Step) -> nn.Module:
         "The denoiser behind the step's guess, or a clear refusal"
