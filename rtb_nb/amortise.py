@@ -207,6 +207,7 @@ class MaximumLikelihood(Trainer):
         self.pairs = check_whole('pairs', pairs)
     def iterate(self, y=None):
         "One batch of pairs and its update"
+        if y is not None: raise ValueError('measurements are drawn of the bank: fit(None, n)')
         pairs = self.behaviour.pairs(another(self.posterior.likelihood), self.pairs)
         self.opt.zero_grad()
         log_ratio = self.posterior.steps*bridge_log_ratio(self.posterior, pairs)

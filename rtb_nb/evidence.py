@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['standard_error', 'elbo', 'eubo', 'log_mean_exp', 'effective_sample_size', 'evidence', 'resampled_eubo',
-           'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats', 'reweighted', 'sandwich']
+           'posterior_mean_error', 'diversity', 'score_samples', 'evaluate', 'bill_of_nats', 'reweighted', 'sandwich',
+           'prior_elbo']
 
 # %% ../nbs/15_evidence.ipynb #39733c5b
 import math, warnings
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .amortise import gap, paired_log_weights
+from .diffusion import Diffusion
 from .likelihood import InverseProblem, residual_chi2
 from .schedule import as_double, check_whole
 from .tempered import in_effect, systematic
@@ -244,3 +246,12 @@ def sandwich(posterior, # a `Posterior` of an `InverseProblem`
     return as_floats(dict(eubo=joint.mean(), elbo=own.mean(), iw=log_mean_exp(own).mean(),
         gap=between, gap_se=se, ess=effective_sample_size(own).mean(), std=spread)
         ) | dict(measurements=len(tau), n=n)
+
+# %% ../nbs/15_evidence.ipynb #a95b04e8
+@torch.no_grad()
+def prior_elbo(prior:Diffusion, x0:Tensor # clean images (B, ...)
+    ) -> Tensor: # (B,) in nats
+    "Lower bound of a prior's log-density at images, their last noise added"
+    tau = prior.noised(x0 + prior.last_noise*torch.randn_like(x0))
+    noising = sum(prior.noise(tau.x[k+1], k).log_prob(tau.x[k]) for k in range(prior.steps))
+    return prior.log_prob(tau) - noising

@@ -148,7 +148,7 @@ def _correlate_back(y, kernel) -> Tensor: # larger than y by the kernel's sides 
 # %% ../nbs/07a_imaging.ipynb #ab1cd983
 class Blur(LinearOperator):
     "Convolution of every channel with one kernel; the image goes on as its mirror image"
-    def __init__(self, kernel, # (k, l), sums to 1
+    def __init__(self, kernel, # (k, l), sums to 1; its centre is ((k-1)//2, (l-1)//2)
         shape): # of the image (C, H, W)
         shape, kernel = image_shape(shape), check_matrix(kernel, 'kernel')
         if abs(kernel.sum() - 1) > 1e-4:

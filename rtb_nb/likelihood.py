@@ -116,11 +116,12 @@ class Likelihood(Described, nn.Module):
         q = self.noise(mean)
         if not isinstance(q, Distribution):
             raise TypeError(f'noise must return a torch distribution, got {type(q).__name__}')
-        if q.batch_shape[:1] != mean.shape[:1]:
-            raise ValueError('noise must return one distribution per sample, '
-                f'for a mean of shape {tuple(mean.shape)}; '
-                f'got batch shape {tuple(q.batch_shape)}')
-        return Independent(q, len(q.batch_shape)-1, validate_args=False)
+        if q.batch_shape[:1] != mean.shape[:1]: raise ValueError('noise must return one '
+            f'distribution per sample of {tuple(mean.shape)}, got {tuple(q.batch_shape)}')
+        q = Independent(q, len(q.batch_shape)-1, validate_args=False)
+        if q.event_shape == mean.shape[1:]: return q
+        raise ValueError(f'noise must return numbers {tuple(mean.shape[1:])}, as the mean, got '
+            f'{tuple(q.event_shape)}: for a class use Tilted(prior, log_probability)')
     def moments(self, mean): # of y, about the operator's answer (B, ...); None if it has none
         "Mean and standard deviation"
         if self.noise is None: return mean, self.std
@@ -325,8 +326,7 @@ class Tilt(Described, nn.Module):
     def forward(self, x):
         raise TypeError('a tilted prior has no measurement to draw: use prior.simulate')
     @property
-    def noise_std(self):
-        raise ValueError('a tilted prior has no noise: this needs a measurement')
+    def noise_std(self): raise ValueError('a tilted prior has no noise: give a measurement')
     @property
     def identity(self) -> dict: return dict(operator=self.log_r, noise=[None, None])
     def describe(self) -> dict: return {'tilt': in_words(self.log_r)}

@@ -27,6 +27,10 @@ class _Constant(nn.Module):
         return self
 
 # %% ../nbs/04_networks.ipynb #e61d1c17
+def _once(t:Tensor) -> Tensor:
+    "One time that was expanded to a batch, by itself again"
+    return t[:1] if t.ndim and t.stride(0) == 0 else t
+
 class TimeEmbedding(nn.Module):
     "t, a scalar or (B,), to (B, width): Fourier features and a two-layer perceptron"
     def __init__(self, width:int, frequencies=16):
@@ -37,8 +41,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t, n:int # batch size, for a scalar t
         ):
         freq = self.freq.value
-        if t.ndim and t.stride(0) == 0: t = t[:1] # one time for all, expanded
-        arg = t.to(freq).reshape(-1, 1)*freq
+        arg = _once(t).to(freq).reshape(-1, 1)*freq
         waves = torch.cat([arg.sin(), arg.cos()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype)).expand(n, -1)
 
@@ -248,7 +251,7 @@ class VectorNet(nn.Module):
         if x.shape[1:] != (self.in_dim,):
             raise ValueError(
                 f'VectorNet was made for vectors of {self.in_dim}, got shape {tuple(x.shape)}')
-        times, which = t.reshape(-1).unique(return_inverse=True)
+        times, which = _once(t).reshape(-1).unique(return_inverse=True)
         e = self.time(times, len(times))
         shape = self.out_dim, self.in_dim+1
         W = self.linear(F.silu(e)).unflatten(-1, shape)[which]

@@ -206,7 +206,8 @@ def roll_back(self:Trainer, why:str, size:float):
         if self.last_good: load_state(part, self.last_good, f'{n}.')
     if len(self.events) > self.guard.limit:
         raise Diverged(f'{len(self.events)} returns to a good state, the last at iteration '
-            f'{self.step} ({why}, median residual {size:.3g} nats): start nearer to the '
+            f'{self.step} ({why}, median residual {size:.3g} nats; nan where the operator '
+            'answers no number): start nearer to the '
             'posterior, temper the likelihood (beta=Adaptive()) or lower opt\'s rates; '
             f'the last good state is kept{f" in {self.path}" if self.path else ""}')
 

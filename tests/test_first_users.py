@@ -4,7 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from torch import nn
+from torch.distributions import Categorical
 from test_core import plane
+from rtb_nb.amortise import Bank, MaximumLikelihood
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, X0Denoiser
 from rtb_nb.diffusion import Diffusion
@@ -116,6 +118,10 @@ def test_an_operator_answers_real_floats(op, got):
 def test_chi2_loses_no_imaginary_part():
     with pytest.raises(TypeError, match='view_as_real'):
         residual_chi2(torch.ones(1, 3), torch.ones(2, 3)*1j, .1)
+
+def test_a_class_is_no_measurement():
+    chosen = Likelihood(lambda x: x.flatten(1)[:, :10], noise=lambda m: Categorical(logits=m))
+    with pytest.raises(ValueError, match='for a class use Tilted'): chosen(torch.zeros(2, 1, 8, 8))
 
 measured = Likelihood(Identity((1, 8, 8)), .1)
 def taken(y): return measured.measurement(y, white())
@@ -265,3 +271,9 @@ def test_a_run_that_ends_worse_says_so():
     t = Trainer(posterior, OnPolicy(posterior, 64), opt=wild, guard=None, clip=math.inf)
     t.fit(torch.ones(1, 1), 16, warmup=16, anneal=0, log=said.append)
     assert 'it began better than it ends' in said[-1]
+
+def test_maximum_likelihood_brings_its_own_measurements():
+    problem = plane(8)
+    q = problem.posterior([Gate(MomentMatching(.25))])
+    with pytest.raises(ValueError, match='fit\\(None'):
+        MaximumLikelihood(q, Bank.of(problem.prior, 8)).fit(torch.ones(1, 1), 2, log=str)

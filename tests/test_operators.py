@@ -478,7 +478,7 @@ bad_input = {
     'misfit beyond linear': (lambda: Compose(FourierMagnitude(image), FourierMagnitude(image)),
                              'inner gives (1, 12, 12) but outer takes (1, 8, 8)'),
     'one noise': (lambda: Likelihood(Identity(image), noise=lambda mean: Laplace(0., 1.))(flat),
-                  'one distribution per sample, for a mean of shape (1, 1, 8, 8)'),
+                  'one distribution per sample of (1, 1, 8, 8)'),
     'neither noise': (lambda: Likelihood(Identity(image)), 'noise_std'),
     'both noises': (lambda: Likelihood(Identity(image), .1, PhotonNoise(5)), 'not both'),
     'noise value': (lambda: Likelihood(Identity(image), noise=Laplace(0., 1.)),
