@@ -121,7 +121,8 @@ def test_chi2_loses_no_imaginary_part():
 
 def test_a_class_is_no_measurement():
     chosen = Likelihood(lambda x: x.flatten(1)[:, :10], noise=lambda m: Categorical(logits=m))
-    with pytest.raises(ValueError, match='for a class use Tilted'): chosen(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match='for a class use Tilted'):
+        chosen(torch.zeros(2, 1, 8, 8))
 
 measured = Likelihood(Identity((1, 8, 8)), .1)
 def taken(y): return measured.measurement(y, white())
