@@ -64,7 +64,7 @@ def _file(path, wanted:str # what to give instead
     ) -> Path:
     "A path with ~ expanded, refused where there is no file"
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f'a path is needed, got {type(path).__name__}: {wanted}')
+        raise TypeError(f'a path is needed, got {type(path).__name__} {path!r:.40}: {wanted}')
     path = Path(path).expanduser()
     if not path.is_file(): raise ValueError(f'no file {path}: {wanted}')
     return path

@@ -149,7 +149,7 @@ class Tabulated:
         if not ((a2 > 0) & (a2 < 1)).all() or not (a2.diff() < 0).all():
             raise ValueError('alphas_cumprod must decrease within (0, 1), '
                              f'got values from {a2[0]:.4g} to {a2[-1]:.4g}')
-        if a2[-1] > .25: raise ValueError('alphas_cumprod must end in noise, near zero, and '
+        if a2[-1] > .5: raise ValueError('alphas_cumprod must end in noise, near zero, and '
             f'ends at {a2[-1]:.4g}: is it 1 - beta? Give torch.cumprod(1 - beta, 0)')
         self.log_snr = (a2/(1-a2)).log()
     def __call__(self, t # times in [0, 1], any shape
