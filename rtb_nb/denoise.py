@@ -110,9 +110,9 @@ def calibrate(self:Denoiser,
     self.table_ratio = widest(mse, x0.device)/white
     some = (white > .1*variance) & (white < .7*variance)
     worst = self.table_ratio[some].max().item() if some.any() else 0.
-    if worst > 1.25: warnings.warn(f'under moderate noise the guesses err {worst:.2g} times as '
+    if worst > 2: warnings.warn(f'under moderate noise the guesses err {worst:.2g} times as '
         'much as if the network did not look: is the schedule that of its training, the time '
-        'on its scale (999*t), and does it predict what this denoiser thinks?', stacklevel=2)
+        'on its scale (999*t), its answer what this denoiser takes it for?', stacklevel=2)
     return self
 
 # %% ../nbs/02_denoise.ipynb #5781d1e0
