@@ -13,8 +13,7 @@ from numbers import Real
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from rtb_nb.schedule import (_at_least_single, check_number, check_schedule, check_whole,
-    widest)
+from .schedule import _at_least_single, check_number, check_schedule, check_whole, widest
 
 # %% ../nbs/02_denoise.ipynb #ff6f30b9
 def white_error(alpha, sigma2, # signal, and variance of the noise

@@ -42,7 +42,7 @@ class Trainer:
         guard=Guard(), # None: nothing but non-finite batches is skipped
         ):
         self.posterior, self.problem, self.behaviour = posterior, posterior.problem, behaviour
-        if not isinstance(objective, RTB|None): raise TypeError('objective is an RTB, or of a '
+        if not isinstance(objective, RTB|None): raise TypeError('objective is an RTB, or a '
             f'subclass with another residual or loss, got {objective!r}')
         self.objective, self.guard = (objective or RTB()).to(posterior.device), guard
         self._settings(updates, fraction, chunk, clip, beta, path)
@@ -305,10 +305,10 @@ def checkpoint(self:Trainer, iterations:int, log):
     h = self.history[-1]
     log(f"iteration {self.step}/{iterations}: ELBO {h['elbo']:.1f}, "
         f"std of log w {h['std']:.1f}, E log r {h['log_r']:.1f}, skipped {self.skipped}")
-    untempered = torch.tensor([h['elbo'] for h in self.history if h['beta'] == 1]).double()
-    first, last = untempered[:5], untempered[-5:]
-    if self.step == iterations and len(untempered) >= 10 and last.max() < first.min():
-        log(f'log w fell from {first.mean():.1f} to {last.mean():.1f}: it began better than it '
+    elbos = [h['elbo'] for h in self.history if h['beta'] == 1]
+    first, last = elbos[:5], elbos[-5:]
+    if self.step == iterations and len(elbos) >= 10 and max(last) < min(first):
+        log(f'log w fell from {sum(first)/5:.1f} to {sum(last)/5:.1f}: it began better than it '
             'ends. More slowly: opt=rtb_nb.shipped.gentle_optimiser(posterior)')
 
 # %% ../nbs/14_train.ipynb #f1114e59
@@ -384,7 +384,7 @@ def vector_drifts(problem:InverseProblem, guide=None, # a guidance drift to star
     if len(problem.prior.shape) + len(problem.y_shape) != 2: raise ValueError('vector_drifts '
         f'is for events (D,) and y (m,), got {problem.prior.shape} and {problem.y_shape}')
     (D,), (m,) = problem.prior.shape, problem.y_shape
-    features = [*([feature] if feature else []), *([GuideShift(guide)] if guide else []),
-                measurement_feature]
+    shift = GuideShift(guide) if guide else None
+    features = [f for f in (feature, shift, measurement_feature) if f is not None]
     net = VectorNet(D*(len(features)+1) + m, D, width, depth, frequencies)
     return [*([Gate(guide)] if guide else []), NetDrift(net, *features)]
