@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from .amortise import gap, paired_log_weights
 from .diffusion import Diffusion
-from .likelihood import InverseProblem, residual_chi2
 from .schedule import as_double, check_whole
 from .tempered import in_effect, systematic
 

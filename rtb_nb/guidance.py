@@ -7,7 +7,7 @@ __all__ = ['Guidance', 'MomentMatching', 'GaussianMatching', 'convolved_score', 
            'LikelihoodGradient', 'ProximalMatching', 'Gate', 'GuideShift', 'measurement_feature', 'likelihood_slope']
 
 # %% ../nbs/10_guidance.ipynb #47c56865
-import math, warnings, weakref
+import warnings, weakref
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor

@@ -6,7 +6,6 @@
 __all__ = ['Likelihood', 'residual_chi2', 'InverseProblem', 'Tilt', 'Tilted']
 
 # %% ../nbs/09_likelihood.ipynb #1c271c69
-import math
 import numpy as np
 import torch
 from fastcore.basics import patch
