@@ -110,3 +110,9 @@ def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's
     shared = _shared(likelihood, C, self.of_each(step, C)[0], residual)
     left = weighed_residual(op, residual - _linear(op, shared), rest, likelihood.noise_std)
     return shared + bcast(torch.as_tensor(rest), step.x)*left
+
+@patch
+def pull(self:CovarianceMatching, step:Step, move:Tensor # (B, ...) in the data's units
+    ) -> Tensor: # (B, ...)
+    "The measurement's part in the score of the end, from the move that it makes"
+    return self.error(step).solve(move)

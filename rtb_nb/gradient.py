@@ -88,15 +88,17 @@ class GapTrainer(PathTrainer):
         n=2, # own paths per measurement, two at least: their spread guards the run
         measurements=4, # fresh ones per batch
         pairs=64, # random steps of joint paths per batch
+        log_ratio=bridge_log_ratio, # of pairs, as for `MaximumLikelihood`
         **options # of `Trainer`, as for `PathTrainer`
         ):
         bank.check(posterior)
         own = OnPolicy(posterior, check_whole('n', n, 2))
         super().__init__(posterior, Fresh(own, bank.tau.x0, measurements), **options)
-        self.bank, self.pairs = bank, check_whole('pairs', pairs)
+        self.bank, self.log_ratio = bank, log_ratio
+        self.pairs = check_whole('pairs', pairs)
     def add_gradient(self, tau:Trajectories) -> Tensor: # log-weights of own paths (B,)
         "Of both bounds; a family's member is the same for both"
         pairs = self.bank.pairs(self.posterior.likelihood, self.pairs)
-        log_ratio = self.posterior.steps*bridge_log_ratio(self.posterior, pairs)
+        log_ratio = self.posterior.steps*self.log_ratio(self.posterior, pairs)
         (-log_ratio.mean()).backward()
         return super().add_gradient(tau)

@@ -74,3 +74,7 @@ class ScaledMatching(CovarianceMatching):
         s, residual = self.scales(step, C), y - likelihood.operator(step.guess_of_end())
         u = self.solve(step, C, s, residual)
         return s*C.times(s*likelihood.operator.adjoint(u))
+    def pull(self, step, move):
+        C = self.error(step)
+        s = self.scales(step, C)
+        return C.solve(move/s)/s

@@ -20,7 +20,7 @@ from .denoise import bcast
 from .diffusion import Diffusion
 from .errors import load_error
 from .families import LensFamily, outside
-from .guidance import MomentMatching, likelihood_slope
+from .guidance import Gate, MomentMatching, likelihood_slope
 from .likelihood import InverseProblem
 from .matching import PixelMatching, PixelProximal
 from .narrowed import Narrowed
@@ -28,6 +28,7 @@ from .posterior import Posterior, Step
 from .priors import load_prior
 from .scales import ScaledMatching
 from .schedule import Cosine, check_number
+from .second_look import SecondLook
 from .train import image_drifts
 
 # %% ../nbs/14c_shipped.ipynb #a8eef396
@@ -58,7 +59,8 @@ def _guide(name, # of the recipe
 
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3, # of the network
-    narrowed=False # whether the guide's covariance narrows steps
+    narrowed=False, # whether the guide's covariance narrows steps
+    second=0. # share of a second look (chapter 10g), such as .06; 0: none
     ) -> list: # drifts for `problem.posterior`
     "The drifts of a posterior that serves a family of operators"
     view = source_view if hasattr(problem.operator, 'adjoint') else likelihood_slope
@@ -66,6 +68,7 @@ def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is 
     if narrowed and not problem.prior.chain.correlated:
         raise ValueError('white steps are not narrowed: make the prior with covariance=...')
     drifts = image_drifts(problem, guide, view, width, depth)
+    if second: drifts.append(Gate(SecondLook(guide, second), value=.3))
     return drifts + [Narrowed(guide)] if narrowed else drifts
 
 # %% ../nbs/14c_shipped.ipynb #8948f13b
