@@ -123,7 +123,8 @@ def gain(self:GaussianMatching, denoiser, likelihood,
     a:float, s2:float, end:float # of the level: signal, noise of the end; and last noise
     ) -> Tensor: # (D, m)
     "What a unit of residual moves the end by, at one level"
-    gains, key = self.gains.setdefault(likelihood, {}), (id(denoiser), a, s2, end)
+    gains = self.gains.setdefault(likelihood.operator, {})
+    key = id(denoiser), likelihood.noise_std, a, s2, end
     if key not in gains:
         A = likelihood.operator.matrix().double() @ denoiser.vectors
         v = denoiser.values + end**2

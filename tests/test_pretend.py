@@ -7,7 +7,7 @@ import papermill, pytest, torch
 from options import bent_problem, linear_problem, measured, sampler_options
 from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
-from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths,
+from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, fit_gates, joint_paths,
                               paired_log_weights)
 from rtb_nb.beds import small_lens, two_modes
 from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
@@ -194,10 +194,11 @@ def test_correlated_steps_behind_lenses_that_differ(device, tmp_path):
     prior = Diffusion(white.denoiser, white.shape, 3, covariance=covariance).to(device)
     lenses = LensBatches(LensBank(LensFamily(16), 2), 2)
     family = InverseProblem(prior, Family(lenses)).to(device)
-    recipe = dict(width=16, depth=1, narrowed=True, guide=dict(
+    recipe = dict(width=16, depth=1, narrowed=True, second=.06, guide=dict(
         name='CovarianceMatching', covariance=str(tmp_path/'a.covariance.safetensors')))
     q = family.posterior(family_drifts(family, **recipe)).to(device)
     bank = Bank.of(prior, 4)
+    fit_gates(q, bank, 2, 4)
     MaximumLikelihood(q, bank, pairs=4, opt=gentle_optimiser(q)).fit(None, 2, log=str)
     GapTrainer(q, bank, 2, measurements=2, pairs=4).fit(None, 2, log=str)
     one = InverseProblem(prior, Likelihood(Lens(16), .05)).to(device)
