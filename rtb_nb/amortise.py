@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['joint_paths', 'paired_log_weights', 'gap', 'Bank', 'save_bank', 'load_bank', 'Pairs', 'pair_log_ratio', 'bridge_step',
-           'bridge_log_ratio', 'Family', 'another', 'MaximumLikelihood', 'fit_gates', 'Joint', 'Fresh']
+           'bridge_log_ratio', 'Family', 'another', 'MaximumLikelihood', 'Joint', 'Fresh']
 
 # %% ../nbs/14a_amortise.ipynb #7a21141c
 import math
@@ -16,9 +16,8 @@ from .behaviours import Behaviour, together, whole_batch
 from .checkpoints import check_fingerprint, fingerprint, load_tensors, save_tensors
 from .covariance import whitened
 from .diffusion import Diffusion, Trajectories
-from .guidance import Gate
 from .likelihood import InverseProblem, Likelihood
-from .posterior import Narrowing, Posterior, gaussian_log_ratio
+from .posterior import Posterior, gaussian_log_ratio
 from .schedule import check_whole
 from .train import Trainer
 
@@ -225,43 +224,6 @@ class MaximumLikelihood(Trainer):
         if self.path: self.save(self.path)
         log(f'iteration {self.step}/{iterations}: log q/p on joint paths '
             f'{self.history[-1]["log_ratio"]:.1f} nats, skipped {self.skipped}')
-
-# %% ../nbs/14a_amortise.ipynb #90304da3
-def _hats(gate:Gate, t, n) -> Tensor: # (n, knots), float64
-    "How far each knot of a gate counts at times (n,), or at one time"
-    at = t.double().clamp(0, 1).reshape(-1, 1).expand(n, 1)*(len(gate.value)-1)
-    return (1 - (at - torch.arange(len(gate.value)).to(at)).abs()).clamp(min=0)
-
-def _least_squares(posterior, gates, pairs:Pairs) -> tuple: # (N, N) and (N,), float64
-    "Normal equations of all knots: what these pairs say of a change"
-    step = posterior.step(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
-    left = whitened(step.std, pairs.following - step.mean)
-    left = left - sum(step.of(d) for d in posterior.drifts)
-    width = [d.relative_width(step) for d in posterior.drifts if isinstance(d, Narrowing)]
-    parts = [left, *(step.of(gate.drift) for gate in gates)]
-    left, *slopes = [(width[0].solve(v) if width else v).flatten(1).double() for v in parts]
-    slopes, hats = torch.stack(slopes, 1), [_hats(g, step.t, len(left)) for g in gates]
-    hats = torch.stack([torch.block_diag(*(h[None] for h in each)) for each in zip(*hats)])
-    M = torch.einsum('bgi,bgd,bhd,bhj->ij', hats, slopes, slopes, hats)
-    return M, torch.einsum('bgi,bgd,bd->i', hats, slopes, left)
-
-@torch.no_grad()
-def fit_gates(posterior:Posterior, bank:Bank,
-    batches=16, # of pairs; of a family, each of another member
-    pairs=64 # random steps of random paths per batch
-    ) -> Posterior: # the same, its gates changed in place
-    "All gates at their maximum likelihood on joint paths, which is a least-squares problem"
-    bank.check(posterior)
-    gates = [d for d in posterior.drifts if isinstance(d, Gate)]
-    if not gates: raise ValueError('there is no gate to fit: give drifts such as [Gate(guide)]')
-    likelihood = posterior.likelihood
-    batches, pairs = check_whole('batches', batches), check_whole('pairs', pairs)
-    M, r = map(sum, zip(*(_least_squares(posterior, gates, bank.pairs(another(likelihood), pairs))
-                          for _ in range(batches))))
-    change = torch.linalg.solve(M + torch.eye(len(r)).to(M), r)
-    for gate, v in zip(gates, change.split([len(g.value) for g in gates])):
-        gate.value += v.to(gate.value)
-    return posterior
 
 # %% ../nbs/14a_amortise.ipynb #32e96a9c
 class Joint(Behaviour):

@@ -45,7 +45,7 @@ class Likelihood(Described, nn.Module):
         ):
         super().__init__()
         self.operator, self.noise = as_operator(operator), noise
-        if isinstance(self.operator, nn.Module): self.operator.eval() # no dropout in a density
+        self.eval()
         if noise is None:
             known = noise_of(self.operator)
             if noise_std is None: noise_std = known
@@ -64,6 +64,7 @@ class Likelihood(Described, nn.Module):
             raise TypeError('noise must be a function from the mean to a distribution, got '
                 f'{in_words(noise)}: PhotonNoise(300) is one')
         self.std = noise_std
+    def train(self, mode=True): return super().train(False) # no dropout in a density
     @property
     def noise_std(self) -> float:
         "Of Gaussian noise, in the measurement's units; an error for any other"
@@ -321,9 +322,9 @@ class Tilt(Described, nn.Module):
         ):
         super().__init__()
         self.log_r, self.operator, self.std = log_r, None, None
-        if isinstance(log_r, nn.Module): log_r.eval()
-    def forward(self, x):
-        raise TypeError('a tilted prior has no measurement to draw: use prior.simulate')
+        self.eval()
+    def train(self, mode=True): return super().train(False) # no dropout in a density
+    def forward(self, x): raise TypeError('a tilted prior draws no y: use prior.simulate')
     @property
     def noise_std(self): raise ValueError('a tilted prior has no noise: give a measurement')
     @property

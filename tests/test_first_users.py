@@ -6,7 +6,7 @@ import pytest, torch
 from torch import nn
 from torch.distributions import Categorical
 from test_core import plane
-from rtb_nb.amortise import Bank, MaximumLikelihood
+from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, X0Denoiser
 from rtb_nb.diffusion import Diffusion
@@ -56,6 +56,11 @@ def test_nor_does_an_operator():
     assert torch.equal(likelihood.log_prob(x, y), likelihood.log_prob(x, y))
     plain = InverseProblem(plane().prior, likelihood).posterior([])
     assert not plain.draw(y, 4)[1].requires_grad
+    reward = nn.Sequential(nn.Linear(2, 8), nn.Dropout(.5), nn.Flatten(0))
+    tilted = Tilted(plane().prior, reward)
+    for whole in (plain, plain.problem, tilted, Family([likelihood])): whole.train()
+    assert torch.equal(likelihood.log_prob(x, y), likelihood.log_prob(x, y))
+    assert not any(m.training for m in [*likelihood.modules(), *tilted.likelihood.modules()])
 
 def test_a_network_is_told_a_time_for_each_image():
     "The embedding of an ordinary DDPM indexes it, and looks whole timesteps up"

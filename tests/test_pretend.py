@@ -7,7 +7,7 @@ import papermill, pytest, torch
 from options import bent_problem, linear_problem, measured, sampler_options
 from pretend import Away, pretend_device, run_notebook
 from project import NBS, benchmarks, experiments, name, notebooks
-from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, fit_gates, joint_paths,
+from rtb_nb.amortise import (Bank, Family, Joint, MaximumLikelihood, joint_paths,
                               paired_log_weights)
 from rtb_nb.beds import small_lens, two_modes
 from rtb_nb.behaviours import FromPrior, Mixture, OnPolicy
@@ -38,7 +38,8 @@ from rtb_nb.replay import Buffer, Replay
 from rtb_nb.samplers import cla
 from rtb_nb.scales import ScaledMatching
 from rtb_nb.schedule import Cosine
-from rtb_nb.shipped import family_drifts, gentle_optimiser, load_posterior, save_posterior
+from rtb_nb.shipped import (family_drifts, fit_gates, gentle_optimiser, load_posterior,
+                            save_posterior)
 from rtb_nb.supervised import (ConditionalDenoiser, ddim, load_supervised, save_supervised,
                                train_supervised)
 from rtb_nb.tempered import tempered

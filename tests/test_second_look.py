@@ -1,7 +1,6 @@
 "A second look against closed forms, and gates against least squares"
 import pytest, torch
-from rtb_nb.amortise import (Bank, Family, fit_gates, gap, joint_paths, pair_log_ratio,
-                             paired_log_weights)
+from rtb_nb.amortise import Bank, Family, gap, joint_paths, pair_log_ratio, paired_log_weights
 from rtb_nb.correlated import CovarianceMatching
 from rtb_nb.covariance import Covariance
 from rtb_nb.denoise import gaussian_field
@@ -19,6 +18,7 @@ from rtb_nb.posterior import Drift
 from rtb_nb.scales import ScaledMatching
 from rtb_nb.schedule import Cosine
 from rtb_nb.second_look import SecondLook
+from rtb_nb.shipped import fit_gates
 
 shape = 1, 8, 8
 
