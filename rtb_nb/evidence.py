@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from .amortise import gap, paired_log_weights
 from .diffusion import Diffusion
+from .posterior import Given
+from .samplers import CallCounter
 from .schedule import as_double, check_whole
 from .tempered import in_effect, systematic
 
@@ -178,6 +180,12 @@ def score_samples(problem, # an `InverseProblem`
     return as_floats(numbers)
 
 # %% ../nbs/15_evidence.ipynb #a8062dea
+def _first_prior(posterior) -> Diffusion:
+    "The prior whose network is called, behind posteriors that stand for priors"
+    prior = posterior.prior
+    while isinstance(prior, Given): prior = prior.posterior.prior
+    return prior
+
 def evaluate(posterior, # a `Posterior` of an `InverseProblem`
     y, # one measurement (1, ...)
     n:int, # samples
@@ -196,10 +204,11 @@ def evaluate(posterior, # a `Posterior` of an `InverseProblem`
     """
     n, chunk, problem = check_whole('n', n), check_whole('chunk', chunk), posterior.problem
     y = _one_measurement(problem, y)
-    parts = [posterior.draw(y, min(chunk, n-i)) for i in range(0, n, chunk)]
+    with CallCounter(_first_prior(posterior).denoiser) as counter:
+        parts = [posterior.draw(y, min(chunk, n-i)) for i in range(0, n, chunk)]
     x, _, log_w = (torch.cat(v) for v in zip(*parts))
     scores = score_samples(problem, x, y, truth, perceptual, chunk)
-    return x, scores | evidence(log_w) | dict(calls=n*posterior.steps)
+    return x, scores | evidence(log_w) | dict(calls=counter.images)
 
 # %% ../nbs/15_evidence.ipynb #55e7ff2b
 @torch.no_grad()

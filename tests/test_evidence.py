@@ -6,8 +6,8 @@ from rtb_nb.amortise import joint_paths, paired_log_weights
 from rtb_nb.beds import plane
 from rtb_nb.evidence import *
 from rtb_nb.exact import BestDrift, ExactChain
-from rtb_nb.guidance import CLA
-from rtb_nb.likelihood import Tilted, residual_chi2
+from rtb_nb.guidance import CLA, DPS
+from rtb_nb.likelihood import InverseProblem, Tilted, residual_chi2
 
 # ---- bounds
 
@@ -229,3 +229,13 @@ def test_a_measurement_in_other_units_is_hinted_at(units, hint):
         warnings.simplefilter('always')
         evaluate(posterior, y, 64)
     assert any('in the same units?' in str(w.message) for w in said) == hint
+
+def test_calls_are_those_that_the_network_gets():
+    "A guide that asks it once more counts, and so does a posterior that stands for a prior"
+    torch.manual_seed(0)
+    problem = plane(steps=4)
+    y = problem.likelihood(problem.prior.sample(1)).sample()
+    given = InverseProblem(problem.posterior([CLA()]).given(y), problem.likelihood)
+    for posterior, each in ((problem.posterior([CLA()]), 1), (problem.posterior([DPS()]), 2),
+                            (given.posterior([CLA()]), 1)):
+        assert evaluate(posterior, y, 5, chunk=2)[1]['calls'] == 5*4*each
