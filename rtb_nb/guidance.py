@@ -232,7 +232,8 @@ class DPS(Guidance):
     def forward(self, step):
         (y, likelihood), denoiser = self.measured(step), self.guessing(step)
         norm = lambda x0: (y - likelihood.operator(x0)).flatten(1).norm(dim=1).sum()
-        g = _felt(_guess_gradient(step, denoiser, norm, 'DPS'), 'DPS')
+        g = _guess_gradient(step, denoiser, norm, 'DPS')
+        if step.alpha.any(): _felt(g, 'DPS') # noise alone tells nothing of the image
         return whitened(step.std, g, -self.scale)
 
 # %% ../nbs/10_guidance.ipynb #f0598a14
@@ -305,10 +306,14 @@ class Gate(Drift):
             raise TypeError(f'Gate takes a drift, such as MomentMatching(), got {drift!r}')
         self.drift, self.lr = drift, lr
         self.value = nn.Parameter(torch.full((knots,), float(value)))
-    def forward(self, step):
-        q = step.t.clamp(0, 1)*(len(self.value)-1)
+    def between(self, values, t): # one at each knot (knots, ...); the time, a scalar or (B,)
+        "Values at the knots, as they are at other times"
+        q = t.clamp(0, 1)*(len(self.value)-1)
         i = q.floor().long().clamp(max=len(self.value)-2)
-        gate = torch.lerp(self.value[i], self.value[i+1], (q-i).to(self.value))
+        weight = (q-i).to(values).reshape(q.shape + (1,)*(values.ndim-1))
+        return torch.lerp(values[i], values[i+1], weight)
+    def forward(self, step):
+        gate = self.between(self.value, step.t)
         return gate.reshape(-1, *[1]*(step.x.ndim-1)) * _constant(step, step.of(self.drift))
 
 # %% ../nbs/10_guidance.ipynb #2c7f7e55

@@ -92,9 +92,12 @@ class Posterior(Diffusion):
         isinstance(d, Narrowing) for d in self.drifts)
     def bend(self, x, k, y=None, x0_hat=None) -> tuple: # (B, ...); a `Spread` or None
         "The sum of the drifts, and how much narrower the step is, if it is"
-        step = self.step(x, k, y, self.prior.denoise(x, k) if x0_hat is None else x0_hat)
+        if x0_hat is None: x0_hat = self.prior.denoise(x, k)
+        return self.bend_at(self.step(x, k, y, x0_hat))
+    def bend_at(self, step:Step) -> tuple: # (B, ...); a `Spread` or None
+        "`bend` of a step that drifts have been told"
         narrow = [d.relative_width(step) for d in self.drifts if isinstance(d, Narrowing)]
-        u = sum((step.of(d) for d in self.drifts), torch.zeros_like(x))
+        u = sum((step.of(d) for d in self.drifts), torch.zeros_like(step.x))
         return u, narrow[0] if narrow else None
     def drift(self, x, k, y=None, x0_hat=None) -> Tensor:
         "The sum of the drifts, (B, ...)"

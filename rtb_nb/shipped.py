@@ -25,7 +25,7 @@ from .guidance import Gate, MomentMatching, likelihood_slope
 from .likelihood import InverseProblem
 from .matching import PixelMatching, PixelProximal
 from .narrowed import Narrowed
-from .posterior import Narrowing, Posterior, Step
+from .posterior import Posterior, Step
 from .priors import load_prior
 from .scales import ScaledMatching
 from .schedule import Cosine, check_number, check_whole
@@ -73,21 +73,21 @@ def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is 
     return drifts + [Narrowed(guide)] if narrowed else drifts
 
 # %% ../nbs/14c_shipped.ipynb #04352ee9
-def _hats(gate:Gate, t, n) -> Tensor: # (n, knots), float64
-    "How far each knot of a gate counts at times (n,), or at one time"
-    at = t.double().clamp(0, 1).reshape(-1, 1).expand(n, 1)*(len(gate.value)-1)
-    return (1 - (at - torch.arange(len(gate.value)).to(at)).abs()).clamp(min=0)
+def _hats(gates, t:Tensor) -> Tensor: # (B, gates, N), float64
+    "How far each of N knots counts for each gate at times (B,)"
+    knots = [len(gate.value) for gate in gates]
+    hats = torch.eye(sum(knots), dtype=torch.float64, device=t.device).split(knots)
+    return torch.stack([gate.between(own, t) for gate, own in zip(gates, hats)], 1)
 
 def _least_squares(posterior, gates, pairs:Pairs) -> tuple: # (N, N) and (N,), float64
     "Normal equations of all knots: what these pairs say of a change"
     step = posterior.step(pairs.x, pairs.k, pairs.y, pairs.x0_hat)
-    left = whitened(step.std, pairs.following - step.mean)
-    left = left - sum(step.of(d) for d in posterior.drifts)
-    width = [d.relative_width(step) for d in posterior.drifts if isinstance(d, Narrowing)]
+    u, narrow = posterior.bend_at(step)
+    left = whitened(step.std, pairs.following - step.mean) - u
     parts = [left, *(step.of(gate.drift) for gate in gates)]
-    left, *slopes = [(width[0].solve(v) if width else v).flatten(1).double() for v in parts]
-    slopes, hats = torch.stack(slopes, 1), [_hats(g, step.t, len(left)) for g in gates]
-    hats = torch.stack([torch.block_diag(*(h[None] for h in each)) for each in zip(*hats)])
+    if narrow is not None: parts = [narrow.solve(v) for v in parts]
+    left, *slopes = [v.flatten(1).double() for v in parts]
+    slopes, hats = torch.stack(slopes, 1), _hats(gates, step.t)
     M = torch.einsum('bgi,bgd,bhd,bhj->ij', hats, slopes, slopes, hats)
     return M, torch.einsum('bgi,bgd,bd->i', hats, slopes, left)
 

@@ -283,3 +283,12 @@ def test_maximum_likelihood_brings_its_own_measurements():
     q = problem.posterior([Gate(MomentMatching(.25))])
     with pytest.raises(ValueError, match='fit\\(None'):
         MaximumLikelihood(q, Bank.of(problem.prior, 8)).fit(torch.ones(1, 1), 2, log=str)
+
+def test_a_level_of_noise_alone_is_no_dead_gradient():
+    "An exact guess there does not depend on the noise, and DPS has nothing to follow"
+    problem = plane(steps=4)
+    y = problem.likelihood(problem.prior.sample(1)).sample()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        x = problem.posterior([DPS()]).sample(y, 4)
+    assert x.isfinite().all()
