@@ -55,8 +55,8 @@ def seen(self:CovarianceMatching, op, # linear
 @torch.no_grad()
 def measured_components(self:CovarianceMatching, op, b, # variance of the noise
     along:Tensor, rest:float, # variances of a level (r,)
-    like:Tensor) -> tuple: # (operators, r, r); (operators, r): float64 where the device has it
-    "Covariance of measured coefficients; what share of each component's variance is gone"
+    like:Tensor) -> tuple: # two (operators, r, r): float64 where the device has it
+    "What the coefficients' variances beyond the rest leave, and C^-1 of what is gone of C, C^-1"
     seen, r = self.seen(op, like), len(along)
     kept = self._kept[op]
     if kept['b'] != b: kept |= dict(b=b, levels={})
@@ -65,26 +65,27 @@ def measured_components(self:CovarianceMatching, op, b, # variance of the noise
         V, W = (v.flatten(1).unflatten(0, (-1, r)) for v in (seen, known))
         P, D, one = (V @ W.mT).to(along), along - rest, torch.eye(r).to(along)
         left = torch.linalg.solve(one + D[:, None]*P, D.diag().expand_as(P))
-        gone = along*torch.linalg.solve(one + P*D, P).diagonal(dim1=1, dim2=2)
-        kept['levels'][rest] = left, gone
+        told = torch.linalg.solve(one + P*D, P)
+        kept['levels'][rest] = left, (told + told.mT)/2
     return kept['levels'][rest]
 
 @patch
-def of_each(self:CovarianceMatching, step:Step, C:Spread
-    ) -> tuple: # (B or 1, r, r) and (B or 1, r)
-    "`measured_components` for the level and the operator of every sample"
+def of_each(self:CovarianceMatching, step:Step, C:Spread,
+    what # (i, left, told) -> (operators, ...), of the level of sample i
+    ) -> Tensor: # (B or 1, ...)
+    "What follows from `measured_components`, for the level and the operator of every sample"
     likelihood, n = step.likelihood, len(step.x)
     rests, which = C.rest[:, 0].unique(return_inverse=True)
     first = [int((which == i).nonzero()[0]) for i in range(len(rests))]
     own = likelihood.operator, likelihood.noise_std**2
-    levels = [self.measured_components(*own, C.along[i], C.rest[i].item(), step.x)
-              for i in first]
-    members = len(levels[0][0])
+    parts = [what(i, *self.measured_components(*own, C.along[i], C.rest[i].item(), step.x))
+             for i in first]
+    members = len(parts[0])
+    if len(parts) == members == 1: return parts[0]
     owner = torch.arange(members, device=step.x.device).repeat_interleave(n//members)
-    def own(parts): # (operators, ...) of each level
-        if len(parts) == members == 1: return parts[0]
-        return torch.stack(parts)[which.expand(n), owner]
-    return tuple(own(parts) for parts in zip(*levels))
+    return torch.stack(parts)[which.expand(n), owner]
+
+def _left(i, left, told): return left
 
 # %% ../nbs/10d_correlated.ipynb #dc083613
 def _rest(C:Spread, like): # a number, or one per sample, as operators solve with
@@ -107,7 +108,7 @@ def move(self:CovarianceMatching, step:Step) -> Tensor: # (B, ...) in the data's
     (y, likelihood), C = self.measured(step), self.error(step)
     op, rest = likelihood.operator, _rest(C, step.x)
     residual = y - op(step.guess_of_end())
-    shared = _shared(likelihood, C, self.of_each(step, C)[0], residual)
+    shared = _shared(likelihood, C, self.of_each(step, C, _left), residual)
     left = weighed_residual(op, residual - _linear(op, shared), rest, likelihood.noise_std)
     return shared + bcast(torch.as_tensor(rest), step.x)*left
 

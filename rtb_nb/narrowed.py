@@ -8,7 +8,7 @@ __all__ = ['Narrowed']
 # %% ../nbs/10e_narrowed.ipynb #63ff949d
 import torch
 from .correlated import CovarianceMatching
-from .covariance import Spread
+from .covariance import Coupled, Spread
 from .posterior import Narrowing, Step
 
 # %% ../nbs/10e_narrowed.ipynb #81311d03
@@ -22,14 +22,16 @@ class Narrowed(Narrowing):
                 f'beside it, got {type(guide).__name__}')
         self.guide = guide
     @torch.no_grad()
-    def relative_width(self, step:Step) -> Spread:
+    def relative_width(self, step:Step) -> Coupled:
         if not isinstance(step.std, Spread):
             raise ValueError('the steps of this chain are of white noise, and too narrow '
                 'already where its guess is uncertain: make the prior with covariance=...')
         self.guide.measured(step)
-        C = self.guide.error(step)
-        share = self.guide.of_each(step, C)[1]
-        gone = Spread(C.vectors, share, torch.zeros_like(share[:, :1]))
-        reach = step.c0*step.sigma**2/step.noise_of_end()
-        def narrow(s, c, a, g): return (1 - (c*(a/s)**2).clamp(max=1)*g).sqrt()
-        return step.std.map(narrow, C, reach, gone)
+        C, reach = self.guide.error(step), step.c0*step.sigma**2/step.noise_of_end()
+        def moved(s, c, a): return c*torch.minimum(a/s, c**-.5) # at most the whole of a step
+        F, one = step.std.map(moved, C, reach).along, torch.eye(C.along.shape[1]).to(C.along)
+        def root(i, left, told):
+            f = F[i if len(F) > 1 else 0]
+            return torch.linalg.cholesky(one - .9999*f[:, None]*told*f) # .01 at least
+        W = self.guide.of_each(step, C, root)
+        return Coupled(C.vectors, W, torch.ones_like(W[:, 0, :1]))

@@ -55,7 +55,7 @@ class Drift(nn.Module):
 class Narrowing(Drift):
     "How much narrower a posterior's step is than the prior's; it moves nothing"
     def forward(self, step:Step) -> Tensor: return torch.zeros_like(step.x)
-    def relative_width(self, step:Step) -> Spread: # W, positive: the noise becomes s W eps
+    def relative_width(self, step:Step): # a `Spread` or `Coupled` W: the noise becomes s W eps
         name = type(self).__name__
         raise NotImplementedError(f'{name} must define relative_width(step) -> W')
 
@@ -90,11 +90,11 @@ class Posterior(Diffusion):
     @property
     def narrows(self) -> bool: "Whether its steps are narrower than the prior's"; return any(
         isinstance(d, Narrowing) for d in self.drifts)
-    def bend(self, x, k, y=None, x0_hat=None) -> tuple: # (B, ...); a `Spread` or None
+    def bend(self, x, k, y=None, x0_hat=None) -> tuple: # (B, ...); W or None
         "The sum of the drifts, and how much narrower the step is, if it is"
         if x0_hat is None: x0_hat = self.prior.denoise(x, k)
         return self.bend_at(self.step(x, k, y, x0_hat))
-    def bend_at(self, step:Step) -> tuple: # (B, ...); a `Spread` or None
+    def bend_at(self, step:Step) -> tuple: # (B, ...); W or None
         "`bend` of a step that drifts have been told"
         narrow = [d.relative_width(step) for d in self.drifts if isinstance(d, Narrowing)]
         u = sum((step.of(d) for d in self.drifts), torch.zeros_like(step.x))
@@ -150,9 +150,9 @@ def sample(self:Posterior, y, # one measurement (1, ...), or one per sample (n, 
 # %% ../nbs/03a_posterior.ipynb #51f14e84
 def gaussian_log_ratio(z:Tensor, # a step, in the prior's standard deviations (B, ...)
     u:Tensor, # the drift
-    narrow:Spread=None # relative width W; None: as wide as the prior's
+    narrow=None # relative width W, a `Spread` or `Coupled`; None: as wide as the prior's
     ) -> Tensor: # (B,) in nats
-    "log N(z; u, W^2) - log N(z; 0, 1)"
+    "log N(z; u, W W^T) - log N(z; 0, 1)"
     if narrow is None: return (u*(z - u/2)).flatten(1).sum(1)
     e = narrow.solve(z - u)
     return ((z - e)*(z + e)/2).flatten(1).sum(1) - narrow.log_det.to(z)

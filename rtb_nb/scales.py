@@ -9,7 +9,7 @@ __all__ = ['ScaledMatching']
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from .correlated import CovarianceMatching, _rest, _shared
+from .correlated import CovarianceMatching, _left, _rest, _shared
 from .covariance import Covariance, Spread
 from .errors import PixelError
 from .matching import _conjugate_gradients, _linear
@@ -56,7 +56,7 @@ class ScaledMatching(CovarianceMatching):
         return (r2/C.diagonal(r2).reshape(-1, *r2.shape[1:])).sqrt()
     def near_solver(self, step:Step, C:Spread): # residuals (B, *out_shape) -> the same
         "Solves with A C A^T + sigma^2; it must not keep the step, or no graph is ever freed"
-        likelihood, rest, left = step.likelihood, _rest(C, step.x), self.of_each(step, C)[0]
+        likelihood, rest, left = step.likelihood, _rest(C, step.x), self.of_each(step, C, _left)
         op, b = likelihood.operator, likelihood.noise_std**2
         @torch.no_grad()
         def solve(v):
