@@ -56,7 +56,7 @@ def seen(self:CovarianceMatching, op, # linear
 def measured_components(self:CovarianceMatching, op, b, # variance of the noise
     along:Tensor, rest:float, # variances of a level (r,)
     like:Tensor) -> tuple: # two (operators, r, r): float64 where the device has it
-    "What the coefficients' variances beyond the rest leave, and C^-1 of what is gone of C, C^-1"
+    "What is left of coefficients' variances beyond the rest; M, where C M C of C is gone"
     seen, r = self.seen(op, like), len(along)
     kept = self._kept[op]
     if kept['b'] != b: kept |= dict(b=b, levels={})

@@ -112,7 +112,7 @@ class Spread:
         "Of every pixel of noise made with it"
         return self.map(torch.square).diagonal(like)
     @property
-    def precision(self) -> 'Spread': "The inverse of its square"; return self.map(lambda s: s**-2)
+    def precision(self) -> 'Spread': "Its square's inverse"; return self.map(lambda s: s**-2)
     def map(self, fn, *others # numbers, tensors shaped to multiply images, or `Spread`s
         ) -> 'Spread':
         "The matrix whose eigenvalues are `fn` of this one's and of those of the others"
@@ -167,7 +167,7 @@ class Correlated(Distribution):
 
 # %% ../nbs/02a_covariance.ipynb #e4575c41
 class Coupled:
-    "A root whose noise couples components: V L V^T, L a lower triangle, and one number for the rest"
+    "A root whose noise couples components: V L V^T, L a lower triangle, and a rest"
     def __init__(self, vectors:Tensor, # (D, r)
         root, rest # L (B or 1, r, r) and (B or 1, 1), of positive diagonals
         ):
@@ -177,7 +177,7 @@ class Coupled:
         flat, V, rest = v.flatten(1), self.vectors.to(v), rest.to(v)
         with _no_autocast(v):
             c = flat @ V
-            exact = torch.promote_types(c.dtype, torch.float32) # triangles are not solved in halves
+            exact = torch.promote_types(c.dtype, torch.float32) # halves are not solved for
             some = c.to(exact).unflatten(0, (len(self.root), -1)).mT # of each root (B', r, ...)
             moved = triangle(self.root.to(some), some).mT.flatten(0, 1).to(c)
             return (rest*flat + (moved - rest*c) @ V.T).reshape(v.shape)

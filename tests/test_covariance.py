@@ -7,7 +7,7 @@ from rtb_nb.behaviours import OnPolicy
 from rtb_nb.checkpoints import fingerprint, save_tensors
 from rtb_nb.components import load_covariance, save_covariance
 from rtb_nb.correlated import CovarianceMatching
-from rtb_nb.covariance import Correlated, Covariance, Spread, scaled, whitened
+from rtb_nb.covariance import Correlated, Coupled, Covariance, Spread, scaled, whitened
 from rtb_nb.denoise import gaussian_field
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
@@ -255,6 +255,54 @@ def test_a_correlated_normal_samples_what_it_scores():
     torch.testing.assert_close(whitened(spread, x, 3.), whitened(spread, 3*x))
     with pytest.raises(ValueError, match='draws one event of each sample'):
         Correlated(x, spread).rsample((2,))
+
+def coupled(n): # roots, one for all or one for each
+    torch.manual_seed(0)
+    root = torch.randn(n, 63, 63).double().tril()/9
+    root.diagonal(dim1=1, dim2=2).abs_().add_(.5)
+    return Coupled(WHOLE.vectors, root, torch.linspace(.5, .8, n).double()[:, None])
+
+def test_coupled_noise_is_solved_scored_and_scaled_as_dense_matrices_are():
+    roots, x = coupled(3), torch.randn(3, *SHAPE).double()
+    V = WHOLE.vectors
+    outside = roots.rest[..., None]*(torch.eye(64) - V @ V.T)
+    dense = V @ roots.root @ V.T + outside
+    q = Correlated(torch.zeros_like(x), roots)
+    exact = MultivariateNormal(torch.zeros(64).double(), dense @ dense.mT)
+    torch.testing.assert_close(q.log_prob(x), exact.log_prob(x.flatten(1)))
+    torch.testing.assert_close(q.variance.flatten(1), exact.variance)
+    precise = torch.linalg.inv(roots.root @ roots.root.mT).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(roots.precision.along, precise)
+    wide = Spread(V, torch.rand(1, 63).double() + .5, torch.full((1, 1), 2.).double())
+    after = roots.map(torch.mul, wide)
+    torch.testing.assert_close(after.times(x), wide.times(roots.times(x)))
+    torch.testing.assert_close(after.map(torch.div, wide).times(x), roots.times(x))
+    thrice = roots.map(torch.mul, torch.tensor(3.))
+    torch.testing.assert_close(thrice.times(x), 3*roots.times(x))
+    with pytest.raises(ValueError, match='do not have the same components'):
+        roots.map(torch.mul, Spread(torch.eye(64).double()[:, :63], wide.along, wide.rest))
+
+def test_one_root_for_all_is_the_same_root_for_each():
+    one, x = coupled(1), torch.randn(4, *SHAPE)
+    each = Coupled(one.vectors, one.root.expand(4, -1, -1), one.rest.expand(4, -1))
+    for do in ('times', 'solve'):
+        a, b = (getattr(roots, do)(x) for roots in (one, each))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whitened(one, scaled(one, x)), x, rtol=1e-4, atol=1e-4)
+    v, w = x.clone().requires_grad_(), torch.randn_like(x)
+    slope, = torch.autograd.grad((one.solve(v)*w).sum(), v)
+    V, L = one.vectors.float(), one.root[0].float()
+    dense = V @ torch.linalg.inv(L) @ V.T + (torch.eye(64) - V @ V.T)/one.rest.float()
+    torch.testing.assert_close(slope.flatten(1), w.flatten(1) @ dense, rtol=1e-4, atol=1e-4)
+
+def test_coupled_noise_in_low_precision():
+    roots, x = coupled(1), torch.randn(2, *SHAPE)
+    exact = roots.solve(x)
+    for kind in (torch.bfloat16, torch.float16):
+        assert roots.solve(x.to(kind)).dtype == kind
+        torch.testing.assert_close(roots.solve(x.to(kind)).float(), exact, rtol=.1, atol=.1)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(roots.solve(x), exact)
+    assert repr(roots) == 'Coupled, 63 components'
 
 def test_lenses_in_a_batch_are_each_by_itself():
     torch.manual_seed(0)
