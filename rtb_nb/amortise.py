@@ -150,7 +150,7 @@ def _bridge_noise(posterior, pairs, narrow) -> Tensor: # (B,)
     before, after = (chain.sigma[i]**2 - (chain.alpha[i]*posterior.last_noise)**2
                      for i in (k, k + 1))
     noise, std = chain.b[k]**2*after/before, chain.width(k, pairs.x)
-    lost = narrow.precision.map(lambda p, s, v: (1 - p)*v/s**2, std, noise)
+    lost = narrow.precisions.map(lambda p, s, v: (1 - p)*v/s**2, std, noise)
     return lost.trace.to(pairs.x)/2
 
 def bridge_log_ratio(posterior:Posterior, pairs:Pairs) -> Tensor: # (B,) in nats

@@ -56,7 +56,7 @@ def seen(self:CovarianceMatching, op, # linear
 def measured_components(self:CovarianceMatching, op, b, # variance of the noise
     along:Tensor, rest:float, # variances of a level (r,)
     like:Tensor) -> tuple: # two (operators, r, r): float64 where the device has it
-    "What is left of coefficients' variances beyond the rest; M, where C M C of C is gone"
+    "(D^-1 + P)^-1 and M = (1 + P D)^-1 P, of a level"
     seen, r = self.seen(op, like), len(along)
     kept = self._kept[op]
     if kept['b'] != b: kept |= dict(b=b, levels={})

@@ -22,7 +22,8 @@ class Narrowed(Narrowing):
                 f'beside it, got {type(guide).__name__}')
         self.guide = guide
     @torch.no_grad()
-    def relative_width(self, step:Step) -> Coupled:
+    def relative_width(self, step:Step) -> Coupled: # a root of each sample, or one for all
+        "W: Cholesky's root among the components, and 1 for the rest; it carries no gradient"
         if not isinstance(step.std, Spread):
             raise ValueError('the steps of this chain are of white noise, and too narrow '
                 'already where its guess is uncertain: make the prior with covariance=...')

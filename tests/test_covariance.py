@@ -272,7 +272,7 @@ def test_coupled_noise_is_solved_scored_and_scaled_as_dense_matrices_are():
     torch.testing.assert_close(q.log_prob(x), exact.log_prob(x.flatten(1)))
     torch.testing.assert_close(q.variance.flatten(1), exact.variance)
     precise = torch.linalg.inv(roots.root @ roots.root.mT).diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(roots.precision.along, precise)
+    torch.testing.assert_close(roots.precisions.along, precise)
     wide = Spread(V, torch.rand(1, 63).double() + .5, torch.full((1, 1), 2.).double())
     after = roots.map(torch.mul, wide)
     torch.testing.assert_close(after.times(x), wide.times(roots.times(x)))
