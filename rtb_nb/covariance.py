@@ -112,6 +112,10 @@ class Spread:
         "Of every pixel of noise made with it"
         return self.map(torch.square).diagonal(like)
     @property
+    def widths(self) -> 'Spread': # standard deviations, of noise made with it
+        "Along every component: itself, for none are coupled"
+        return self
+    @property
     def precisions(self) -> 'Spread': # inverse variances, of noise made with it
         "Along every component, where all others are known"
         return self.map(lambda s: s**-2)

@@ -28,8 +28,8 @@ class SecondLook(Guidance):
     def precision(self, step:Step) -> Tensor: # shaped to multiply `x`
         "g, a share of what the measurement adds to the precision of a pixel, on average"
         C = self.guide.error(step)
-        def told(i, left, told): return told.diagonal(dim1=1, dim2=2)
-        D, gone = len(C.vectors), C.along**2*self.guide.of_each(step, C, told)
+        def alone(i, left, told): return told.diagonal(dim1=1, dim2=2)
+        D, gone = len(C.vectors), C.along**2*self.guide.of_each(step, C, alone)
         before = C.trace/D
         after = before - gone.sum(1)/D
         return bcast(self.share*(1/after - 1/before), step.x).to(step.x)
