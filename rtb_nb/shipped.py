@@ -116,20 +116,26 @@ def gentle_optimiser(posterior:Posterior, lr=1e-3) -> torch.optim.Adam:
     return torch.optim.Adam(learned, check_number('lr', lr))
 
 # %% ../nbs/14c_shipped.ipynb #d20047c5
-def save_posterior(posterior:Posterior, # made of `family_drifts`
-    path, # a name that ends in .posterior.safetensors; the card's ends in .json
-    recipe:dict, # of `family_drifts`
-    card:dict # prior, family, training, what was found: whatever the reader should know
-    ) -> dict: # the whole card
-    "Write a posterior's drifts with their recipe and card"
-    state = posterior.drifts.state_dict()
+def _check_recipe(posterior, recipe):
+    "Refuse a recipe of other drifts than a posterior's"
     fresh = posterior.problem.posterior(family_drifts(posterior.problem, **recipe))
-    load_state(fresh.drifts, state) # refuses a recipe of other drifts
+    load_state(fresh.drifts, posterior.drifts.state_dict())
     if fresh.narrows != posterior.narrows:
         raise ValueError("a recipe says whether steps are narrowed, and this one's "
             f"'narrowed' is not {posterior.narrows}")
-    return save_weights(state, path, '.posterior.safetensors', card | dict(recipe=recipe),
-                        belongs=_bank_belongs(posterior.prior))
+
+def save_posterior(posterior:Posterior,
+    path, # a name that ends in .posterior.safetensors; the card's ends in .json
+    recipe:dict=None, # of `family_drifts`; None: its drifts are of the reader's own making
+    card:dict=None # prior, family, training, what was found: whatever should be known
+    ) -> dict: # the whole card
+    "Write a posterior's drifts with their card, which says how they were made"
+    if recipe is None: made = dict(drifts=list(map(repr, posterior.drifts)))
+    else:
+        _check_recipe(posterior, recipe)
+        made = dict(recipe=recipe)
+    return save_weights(posterior.drifts.state_dict(), path, '.posterior.safetensors',
+                        (card or {}) | made, belongs=_bank_belongs(posterior.prior))
 
 # %% ../nbs/14c_shipped.ipynb #7a6dbae6
 def shipped_posteriors() -> list:
@@ -155,19 +161,33 @@ def prior_of(name, # a shipped posterior, or a file that save_posterior wrote
                       device=device)
 
 # %% ../nbs/14c_shipped.ipynb #5b24daa9
+def _drifts_of(card, path, problem, drifts) -> list:
+    "Untrained drifts, by the recipe of a card, or as the reader has made them"
+    if 'recipe' in card:
+        if drifts is None: return family_drifts(problem, **card['recipe'])
+        raise ValueError(f'{path} makes its drifts itself, by a recipe: leave `drifts` out')
+    made = ', '.join(card['drifts'])
+    if drifts is None:
+        raise ValueError(f'the drifts of {path} were not made by a recipe: make them again, as '
+            f'before training, and give drifts=[{made}]')
+    given = ', '.join(map(repr, drifts))
+    if given == made: return drifts
+    raise ValueError(f'{path} holds drifts [{made}], and was given [{given}]')
+
 @torch.inference_mode(False)
 def load_posterior(name, # a shipped posterior, or a file that save_posterior wrote
-    problem:InverseProblem # the reader's, on the prior and chain that it was trained on
+    problem:InverseProblem, # the reader's, on the prior and chain that it was trained on
+    drifts:list=None # made as before training, where they are of the reader's own making
     ) -> Posterior: # on the prior's device, with its card in `posterior.card`
     "The drifts of a file as a posterior of this problem; a warning where it lies outside"
     path = shipped_file(name, 'posterior', '.posterior.safetensors')
     tensors, card = load_tensors(path)
-    if not {'recipe', 'belongs'} <= card.keys():
+    if 'belongs' not in card or not {'recipe', 'drifts'} & card.keys():
         raise ValueError(f'{path} holds no posterior: write one with save_posterior')
     remedy = 'it goes with ' + (f'prior_of({str(name)!r})' if 'chain' in card else
                                 'the prior and chain that its card names')
     check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path, remedy)
-    posterior = problem.posterior(family_drifts(problem, **card['recipe']))
+    posterior = problem.posterior(_drifts_of(card, path, problem, drifts))
     try: load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
     except ValueError as e:
         own = type(problem.operator).__name__

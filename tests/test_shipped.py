@@ -5,6 +5,7 @@ from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.beds import small_lens
 from rtb_nb.checkpoints import load_tensors, shipped_file
 from rtb_nb.families import LensBank, LensFamily
+from rtb_nb.guidance import MomentMatching
 from rtb_nb.imaging import block_average, motion_kernel
 from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
@@ -13,6 +14,7 @@ from rtb_nb.operators import Identity, Mask, Matrix
 from rtb_nb.priors import load_prior
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import *
+from rtb_nb.train import image_drifts
 
 recipe = dict(guide=dict(name='MomentMatching', variance=.1), width=16, depth=1)
 
@@ -118,3 +120,32 @@ def test_bad_inputs(posterior, problem, tmp_path):
         load_posterior(tmp_path/'none.posterior.safetensors', problem)
     with pytest.raises(ValueError, match="unknown posterior 'rings'"):
         load_posterior('rings', problem)
+
+def own_drifts(problem, *, width=16, guide=None):
+    return image_drifts(problem, guide or MomentMatching(.1), width=width, depth=1)
+
+def test_drifts_of_ones_own_need_no_recipe(problem, tmp_path):
+    torch.manual_seed(2)
+    q, path = problem.posterior(own_drifts(problem)), tmp_path/'c.posterior.safetensors'
+    for p in q.drifts.parameters(): p.data += .05*torch.randn_like(p)
+    card = save_posterior(q, path)
+    assert card == dict(drifts=list(map(repr, q.drifts)))
+    again = load_posterior(path, problem, own_drifts(problem))
+    assert torch.equal(drawn(again, problem), drawn(q, problem)) and again.card == card
+    taken = own_drifts(problem)
+    assert load_posterior(path, problem, taken).drifts[1] is taken[1]
+
+@pytest.mark.parametrize('drifts, says', [(None, r'make them again, as before training, and give '
+    r'drifts=\[Gate\(MomentMatching'), (dict(guide=MomentMatching(.2)), 'variance=0.2.*'),
+    (dict(width=8), 'and was given')])
+def test_drifts_of_ones_own_are_those_of_the_file(problem, tmp_path, drifts, says):
+    path = tmp_path/'c.posterior.safetensors'
+    save_posterior(problem.posterior(own_drifts(problem)), path)
+    with pytest.raises(ValueError, match=says):
+        load_posterior(path, problem, drifts and own_drifts(problem, **drifts))
+
+def test_a_recipe_makes_its_drifts_itself(posterior, problem, tmp_path):
+    path = tmp_path/'a.posterior.safetensors'
+    save_posterior(posterior, path, recipe)
+    with pytest.raises(ValueError, match='leave `drifts` out'):
+        load_posterior(path, problem, own_drifts(problem))
