@@ -145,12 +145,22 @@ def _written(code) -> list:
               if isinstance(c, kinds)]
     return [code.co_code, code.co_names, consts]
 
+def _looked_up(code, among:dict) -> dict:
+    "The numbers, words and tensors of a module that a function reads by name"
+    kinds = numbers.Number, str, bytes, Tensor, np.ndarray
+    found = {n: among[n] for n in code.co_names if isinstance(among.get(n), kinds)}
+    for c in code.co_consts:
+        if isinstance(c, CodeType): found |= _looked_up(c, among)
+    return found
+
 def _made_of(v) -> list:
     "A function's name, and what distinguishes it from others of that name"
     cells = [c.cell_contents for c in getattr(v, '__closure__', None) or ()]
     inside = [f'{v.__module__}.{v.__qualname__}', cells, getattr(v, '__defaults__', None)]
     if by_name := getattr(v, '__kwdefaults__', None): inside.append(by_name)
-    if getattr(v, '__name__', '') == '<lambda>': inside += _written(v.__code__)
+    if code := getattr(v, '__code__', None):
+        if read := _looked_up(code, v.__globals__): inside.append(read)
+        if v.__name__ == '<lambda>': inside += _written(code)
     return inside
 
 # %% ../nbs/04b_checkpoints.ipynb #51f73abb

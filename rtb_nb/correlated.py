@@ -82,7 +82,8 @@ def of_each(self:CovarianceMatching, step:Step, C:Spread,
              for i in first]
     members = len(parts[0])
     if len(parts) == members == 1: return parts[0]
-    owner = torch.arange(members, device=step.x.device).repeat_interleave(n//members)
+    each = n if members == 1 else likelihood.operator.spread(step.x).shape[1]
+    owner = torch.arange(members, device=step.x.device).repeat_interleave(each)
     return torch.stack(parts)[which.expand(n), owner]
 
 def _left(i, left, told): return left

@@ -41,6 +41,14 @@ def with_keyword(n):
     def f(x, *, times=n): return times*x
     return f
 
+def reading(n, written='lambda x: n*x'):
+    "A function of a module in which `n` has this value"
+    around = dict(n=n, torch=torch, __name__='here')
+    exec(f'f = {written}' if 'lambda' in written else written, around)
+    return around['f']
+
+NAMED = 'def f(x): return [n*u for u in torch.unbind(x)]'
+
 DIFFERENT = {
     'numbers': (.1, .1 + 1e-12),
     'a number and a word': (1, '1'),
@@ -56,6 +64,10 @@ DIFFERENT = {
     'lambdas': (lambda x: 2*x, lambda x: 3*x),
     'pairs in lambdas': (lambda x: double(x, (1, 2)), lambda x: double(x, (1, 3))),
     'lambdas in lambdas': (lambda x: (lambda y: 2*y), lambda x: (lambda y: 3*y)),
+    'what a lambda reads': (reading(1), reading(2)),
+    'what lambdas in it read': (reading(1, 'lambda x: lambda y: n*y'),
+                                reading(2, 'lambda x: lambda y: n*y')),
+    'what a function reads': (reading(torch.ones(2), NAMED), reading(torch.zeros(2), NAMED)),
     'keywords': (with_keyword(1), with_keyword(2)),
     'partial': (functools.partial(double, 1), functools.partial(double, 2)),
     'schedules': (Cosine(.5), Linear()),
@@ -63,6 +75,10 @@ DIFFERENT = {
     'weights': (UNet(8, widths=(8,)), UNet(8, widths=(8,))),
     'frequencies': (VectorNet(2, 2).waves, VectorNet(2, 2, frequencies=(1.,)).waves),
 }
+
+EQUAL['what a function reads'] = reading(2, NAMED), reading(2, NAMED)
+EQUAL['a module that it reads'] = (reading(torch, 'lambda x: n.ones(x)'),
+                                   reading(np, 'lambda x: n.ones(x)'))
 
 @pytest.mark.parametrize('name', EQUAL)
 def test_the_same_has_one_fingerprint(name):

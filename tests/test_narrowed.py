@@ -18,6 +18,7 @@ from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.narrowed import Narrowed
 from rtb_nb.operators import Mask
+from rtb_nb.per_sample import Masks
 from rtb_nb.posterior import Narrowing, Posterior, gaussian_log_ratio
 from rtb_nb.schedule import Cosine
 from rtb_nb.shipped import family_drifts, load_posterior, prior_of, save_posterior
@@ -64,6 +65,12 @@ def test_steps_have_the_width_that_is_said():
     residuals = posterior.squared_residuals(posterior.simulate(y, 400))[1]
     torch.testing.assert_close(residuals, torch.ones(5).to(residuals), atol=.03, rtol=0)
     torch.testing.assert_close(found, own, rtol=.06, atol=0)
+
+def test_a_batch_that_does_not_go_round_its_operators_is_refused():
+    p = problem(Masks(torch.rand(3, *SHAPE) < .5))
+    posterior, x = p.posterior(drifts()), torch.randn(4, *SHAPE)
+    with pytest.raises(ValueError, match='a batch of 4 does not go round 3 operators'):
+        posterior.bend(x, 2, x, x)
 
 def test_weights_average_to_one_over_the_prior():
     torch.manual_seed(0)
