@@ -257,18 +257,24 @@ def distribution(self:MixtureDenoiser):
     return D.MixtureSameFamily(D.Categorical(logits=self.log_weights), parts)
 
 # %% ../nbs/02_denoise.ipynb #8e60d001
+def _answer(net, seen:Tensor, # (B, ...)
+    t, like:Tensor # (B, ...)
+    ) -> Tensor: # shape and precision of `like`
+    "What a network says to `seen` and t (B,), in the precision of its weights"
+    weights = net.parameters() if isinstance(net, nn.Module) else ()
+    own = next((w.dtype for w in weights if w.is_floating_point()), like.dtype)
+    said = net(seen.to(own), torch.as_tensor(t, device=like.device).expand(len(like)))
+    if getattr(said, 'shape', None) == like.shape: return said.to(like.dtype)
+    got = f'shape {tuple(said.shape)}' if isinstance(said, Tensor) else type(said).__name__
+    raise ValueError(f'the network must answer a tensor shaped like x, {tuple(like.shape)}, '
+        f'got {got}: wrap it, as lambda x, t: net(x, t).sample or net(x, t)[:, :3]')
+
 class X0Denoiser(Denoiser):
     "Denoiser from a network `net(x, t)` that predicts the image"
     def __init__(self, net, schedule): super().__init__(schedule); self.net = net
     def answer(self, x, t) -> Tensor: # shape and precision of `x`
-        "What the network says to x and t (B,), in the precision of its weights"
-        weights = self.net.parameters() if isinstance(self.net, nn.Module) else ()
-        own = next((w.dtype for w in weights if w.is_floating_point()), x.dtype)
-        said = self.net(x.to(own), torch.as_tensor(t, device=x.device).expand(len(x)))
-        if getattr(said, 'shape', None) == x.shape: return said.to(x.dtype)
-        got = f'shape {tuple(said.shape)}' if isinstance(said, Tensor) else type(said).__name__
-        raise ValueError(f'the network must answer a tensor shaped like x, {tuple(x.shape)}, '
-            f'got {got}: wrap it, as lambda x, t: net(x, t).sample or net(x, t)[:, :3]')
+        "What the network says to x and t, in the precision of its weights"
+        return _answer(self.net, x, t, x)
     def forward(self, x, t): return self.answer(x, t)
     def target(self, x0, eps, t):
         "What the network should answer"

@@ -129,6 +129,9 @@ def bridge(a:Level, b:Level, c:Level) -> tuple: # weights of x_a and x_c, and th
     def extra(a, b): # the variance that noising from b to a adds
         return a.sigma**2 - (a.alpha/b.alpha*b.sigma)**2
     var_ab, var_bc, var_ac = extra(a, b), extra(b, c), extra(a, c)
+    if min(var_ab, var_bc) < -1e-9*a.sigma**2:
+        given = ', '.join(f'{v.sigma/v.alpha:.3g}' for v in (a, b, c))
+        raise ValueError(f'levels must go from noisy to clean, got noise-to-signal {given}')
     up, down = a.alpha/b.alpha*var_bc/var_ac, b.alpha/c.alpha*var_ab/var_ac
     return up, down, math.sqrt(max(var_ab*var_bc/var_ac, 0.))
 

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
     save_weights, shipped_file)
-from .denoise import Bookkeeping, Denoiser, bcast
+from .denoise import Bookkeeping, Denoiser, _answer, bcast
 from .likelihood import InverseProblem, Likelihood
 from .networks import _mixed
 from .posterior import gradients
@@ -50,8 +50,7 @@ class ConditionalDenoiser(Bookkeeping):
         "What the network says, computed in the precision of its weights"
         _check_seen(x, seen)
         both = torch.cat([x/self.sizes(x, t)[2], seen.to(x)], 1)
-        own = next((w.dtype for w in self.net.parameters() if w.is_floating_point()), x.dtype)
-        return self.net(both.to(own), t).to(x.dtype)
+        return _answer(self.net, both, t, x)
     def target(self, x0, eps, t):
         "What the network should answer"
         a, s, c = self.sizes(x0, t)

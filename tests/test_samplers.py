@@ -177,6 +177,14 @@ def test_bridge_keeps_the_joint_law():
     assert noise == pytest.approx(b.sigma**2 - (b.alpha/c.alpha*c.sigma)**2)
 
 
+@pytest.mark.parametrize('order', [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
+def test_bridges_lead_from_noisy_to_clean(order):
+    noisy, mid, clean = Level(.9, .2, .8), Level(.5, .6, .5), Level(.3, .8, .3)
+    levels = [(noisy, mid, clean)[i] for i in order]
+    with pytest.raises(ValueError, match='from noisy to clean, got noise-to-signal'):
+        bridge(*levels)
+
+
 def test_costs():
     assert fps(problem, y, 3, particles=4, steps=12).calls == 3*4*12
     assert fps(problem, y, 8, particles=4, keep=4, steps=12).calls == 2*4*12

@@ -285,6 +285,9 @@ def test_bad_denoisers():
     image = ConditionalDenoiser(PatchTransformer(8, 2), Cosine())
     with pytest.raises(ValueError, match=r'\(4, channels, 8, 8\).*got \(4, 64\)'):
         image(torch.randn(4, 1, 8, 8), torch.randn(4, 64), t)
+    both = ConditionalDenoiser(VectorNet(3, 3), Cosine()) # it answers the picture, too
+    with pytest.raises(ValueError, match=r'shaped like x, \(4, 2\), got shape \(4, 3\)'):
+        both(torch.randn(4, 2), torch.randn(4, 1), t)
 
 def test_bad_sampling():
     draw = lambda **change: ddim(**dict(problem=scalar(), y=ONE, n=2, denoiser=number(),
