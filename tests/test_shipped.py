@@ -135,8 +135,9 @@ def test_drifts_of_ones_own_need_no_recipe(problem, tmp_path):
     taken = own_drifts(problem)
     assert load_posterior(path, problem, taken).drifts[1] is taken[1]
 
-@pytest.mark.parametrize('drifts, says', [(None, r'make them again, as before training, and give '
-    r'drifts=\[Gate\(MomentMatching'), (dict(guide=MomentMatching(.2)), 'variance=0.2.*'),
+@pytest.mark.parametrize('drifts, says', [
+    (None, r'make them again, as before training, and give drifts=\[Gate\(MomentMatching'),
+    (dict(guide=MomentMatching(.2)), 'variance=0.2.*'),
     (dict(width=8), 'and was given')])
 def test_drifts_of_ones_own_are_those_of_the_file(problem, tmp_path, drifts, says):
     path = tmp_path/'c.posterior.safetensors'
