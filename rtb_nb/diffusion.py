@@ -13,16 +13,16 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.distributions import Distribution, Independent, Normal
-from .covariance import Correlated, Coupled, Covariance, Spread, whitened
+from .covariance import Correlated, Covariance, Root, Spread, whitened
 from .denoise import Bookkeeping, bcast, check_start
 from .schedule import check_whole, levels
 
 # %% ../nbs/03_diffusion.ipynb #9e868377
 def gaussian(mean:Tensor, # (B, ...)
-    std # a number, a tensor that broadcasts against `mean`; a `Spread` or `Coupled`, correlated
+    std # a number, a tensor that broadcasts against `mean`; a `Root`, correlated
     ) -> Distribution: # event shape (...), batch shape (B,)
     "Normal distribution over all but the first dimension, its noise white or correlated"
-    if isinstance(std, Spread|Coupled): return Correlated(mean, std)
+    if isinstance(std, Root): return Correlated(mean, std)
     return Independent(Normal(mean, std, validate_args=False), mean.ndim-1, validate_args=False)
 
 # %% ../nbs/03_diffusion.ipynb #93430adf

@@ -52,21 +52,21 @@ def _conjugate_gradients(times, v, # a product with a positive matrix, and (B, .
 
 # %% ../nbs/10a_matching.ipynb #f3005b78
 class _Solve(torch.autograd.Function):
-    "(A R A^T + b)^-1 v with its gradient in v and in the diagonal R"
+    "M^-1 v of a symmetric M that depends on s, with its gradient in v and in s"
     @staticmethod
-    def forward(ctx, v, r2, op, b, sweeps, tolerance):
-        def solve(v):
-            times = lambda p: _linear(op, r2*op.adjoint(p)) + b*p
-            return _conjugate_gradients(times, v, sweeps, tolerance)
+    def forward(ctx, v, s,
+        solve, # v -> M^-1 v; neither function may keep a graph
+        slope # u and w -> what u^T M w changes by with s
+        ):
         u = solve(v)
         ctx.save_for_backward(u)
-        ctx.op, ctx.solve = op, solve
+        ctx.solve, ctx.slope = solve, slope
         return u
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         w, (u,) = ctx.solve(g), ctx.saved_tensors
-        return w, -ctx.op.adjoint(w)*ctx.op.adjoint(u), None, None, None, None
+        return w, -ctx.slope(u, w), None, None
 
 # %% ../nbs/10a_matching.ipynb #9c7949b0
 def weighted_solve(op, # linear
@@ -79,7 +79,11 @@ def weighted_solve(op, # linear
     "(A R A^T + b I)^-1 v, differentiable in v and R; exact for masks and `BlockAverages`"
     if isinstance(op, Mask): return v/(op(r2) + b)
     if isinstance(op, _Diagonal): return v/(op.row_power(v)*op(r2) + b)
-    return _Solve.apply(v, r2, op, b, sweeps, tolerance)
+    known = r2.detach()
+    def times(p): return _linear(op, known*op.adjoint(p)) + b*p
+    def solve(v): return _conjugate_gradients(times, v, sweeps, tolerance)
+    def slope(u, w): return op.adjoint(u)*op.adjoint(w)
+    return _Solve.apply(v, r2, solve, slope)
 
 # %% ../nbs/10a_matching.ipynb #dfbc9905
 @patch

@@ -39,7 +39,7 @@ class Narrowed(Narrowing):
         return Coupled(C.vectors, W, torch.ones_like(W[:, 0, :1]))
 
 # %% ../nbs/10e_narrowed.ipynb #631380ae
-def shared_width_cost(W # relative width of the exact steps, a `Spread` or `Coupled`
+def shared_width_cost(W # relative width of the exact steps, a `Root`
     ) -> Tensor: # (B,) or (1,) in nats
     "What a step adds to the gap at least, if it is as wide as the prior's and should be W"
     return W.widths.map(torch.square).trace/2 + W.precisions.trace/2 - len(W.vectors)

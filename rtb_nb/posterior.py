@@ -55,7 +55,7 @@ class Drift(nn.Module):
 class Narrowing(Drift):
     "How much narrower a posterior's step is than the prior's; it moves nothing"
     def forward(self, step:Step) -> Tensor: return torch.zeros_like(step.x)
-    def relative_width(self, step:Step): # a `Spread` or `Coupled` W: the noise becomes s W eps
+    def relative_width(self, step:Step): # a `Root` W: the noise becomes s W eps
         name = type(self).__name__
         raise NotImplementedError(f'{name} must define relative_width(step) -> W')
 
@@ -150,7 +150,7 @@ def sample(self:Posterior, y, # one measurement (1, ...), or one per sample (n, 
 # %% ../nbs/03a_posterior.ipynb #51f14e84
 def gaussian_log_ratio(z:Tensor, # a step, in the prior's standard deviations (B, ...)
     u:Tensor, # the drift
-    narrow=None # relative width W, a `Spread` or `Coupled`; None: as wide as the prior's
+    narrow=None # relative width W, a `Root`; None: as wide as the prior's
     ) -> Tensor: # (B,) in nats
     "log N(z; u, W W^T) - log N(z; 0, 1)"
     if narrow is None: return (u*(z - u/2)).flatten(1).sum(1)

@@ -8,33 +8,12 @@ __all__ = ['ScaledMatching']
 # %% ../nbs/10f_scales.ipynb #f43f7536
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .correlated import CovarianceMatching, _left, _rest, _shared
 from .covariance import Covariance, Spread
 from .errors import PixelError
-from .matching import _conjugate_gradients, _linear
+from .matching import _Solve, _conjugate_gradients, _linear
 from .posterior import Step
 from .schedule import check_number, check_whole
-
-# %% ../nbs/10f_scales.ipynb #f4174f9c
-class _Solve(torch.autograd.Function):
-    "(A s C s A^T + b)^-1 v (B, *out_shape), with its gradient in v and in s (B, *in_shape)"
-    @staticmethod
-    def forward(ctx, v, s, op, C, b, near, sweeps, tolerance):
-        known = s.detach()
-        def times(p): return _linear(op, known*C.times(known*op.adjoint(p))) + b*p
-        def solve(v): return _conjugate_gradients(times, v, sweeps, tolerance, near=near)
-        u = solve(v)
-        ctx.save_for_backward(u, s)
-        ctx.op, ctx.C, ctx.solve = op, C, solve
-        return u
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        w, (u, s) = ctx.solve(g), ctx.saved_tensors
-        Au, Aw = ctx.op.adjoint(u), ctx.op.adjoint(w)
-        slope = -(Aw*ctx.C.times(s*Au) + Au*ctx.C.times(s*Aw))
-        return w, slope, None, None, None, None, None, None
 
 # %% ../nbs/10f_scales.ipynb #aa886438
 class ScaledMatching(CovarianceMatching):
@@ -65,9 +44,15 @@ class ScaledMatching(CovarianceMatching):
     def solve(self, step:Step, C:Spread, s:Tensor, # (B, ...)
         residual:Tensor) -> Tensor: # (B, *out_shape), both
         "(A S A^T + sigma^2)^-1 times a residual"
-        b, near = step.likelihood.noise_std**2, self.near_solver(step, C)
-        own = step.likelihood.operator, C, b, near, self.sweeps, self.tolerance
-        return _Solve.apply(residual, s, *own)
+        op, b = step.likelihood.operator, step.likelihood.noise_std**2
+        near, known = self.near_solver(step, C), s.detach()
+        def times(p): return _linear(op, known*C.times(known*op.adjoint(p))) + b*p
+        def solve(v):
+            return _conjugate_gradients(times, v, self.sweeps, self.tolerance, near=near)
+        def slope(u, w):
+            Au, Aw = op.adjoint(u), op.adjoint(w)
+            return Aw*C.times(known*Au) + Au*C.times(known*Aw)
+        return _Solve.apply(residual, s, solve, slope)
     def move(self, step:Step) -> Tensor: # (B, ...) in the data's units
         "How far the measurement moves the guess of the end"
         (y, likelihood), C = self.measured(step), self.error(step)
