@@ -61,7 +61,20 @@ def _channels(features, channels) -> int:
     _check_features(features)
     return check_whole('channels', channels, 1 if features else 0)
 
-class FineTuned(Drift):
+class _Guess(Drift):
+    "The drift of a denoiser that learns: its guess in place of the prior's"
+    def __init__(self, denoiser, features, channels):
+        super().__init__()
+        channels = _channels(features, channels)
+        self.features, self.beside = features, _Beside(denoiser, channels) if features else None
+    def guess(self, step:Step) -> Tensor: return self.denoiser(step.x, step.t)
+    def forward(self, step:Step) -> Tensor:
+        if not self.features: return step.as_drift(self.guess(step) - step.x0_hat)
+        seen = torch.cat([f(step) for f in self.features], 1)
+        with self.beside.shown(self.denoiser, seen): guess = self.guess(step)
+        return step.as_drift(guess - step.x0_hat)
+
+class FineTuned(_Guess):
     "The drift of a trainable copy of the prior's denoiser: its guess in place of the prior's"
     lr = 1e-4 # for the trainer's own optimiser; so is LoRA's
     @torch.inference_mode(False)
@@ -69,19 +82,11 @@ class FineTuned(Drift):
         *features, # Step -> (B, ...) with the image's size, beside x; none for a single y
         channels=0 # how many the features have together
         ):
-        super().__init__()
         if not any(p.is_floating_point() for p in denoiser.parameters()):
             raise ValueError(f'{type(denoiser).__name__} has no parameters to fine-tune: '
                 'use a NetDrift')
-        channels = _channels(features, channels)
-        self.denoiser, self.features = copy.deepcopy(denoiser).requires_grad_(True), features
-        self.beside = _Beside(denoiser, channels) if features else None
-    def guess(self, step:Step) -> Tensor: return self.denoiser(step.x, step.t)
-    def forward(self, step:Step) -> Tensor:
-        if not self.features: return step.as_drift(self.guess(step) - step.x0_hat)
-        seen = torch.cat([f(step) for f in self.features], 1)
-        with self.beside.shown(self.denoiser, seen): guess = self.guess(step)
-        return step.as_drift(guess - step.x0_hat)
+        super().__init__(denoiser, features, channels)
+        self.denoiser = copy.deepcopy(denoiser).requires_grad_(True)
 
 # %% ../nbs/04a_drifts.ipynb #5f739d7a
 def attention_or_convolution(name:str, layer:nn.Module) -> bool:
@@ -90,7 +95,7 @@ def attention_or_convolution(name:str, layer:nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) or any(n in projections for n in name.split('.')[-2:])
 
 # %% ../nbs/04a_drifts.ipynb #527a970f
-class LoRA(FineTuned):
+class LoRA(_Guess):
     "The drift of the prior's own denoiser with weights W + alpha/rank B A (Hu et al. 2021)"
     lr = 1e-3
     @torch.inference_mode(False)
@@ -101,16 +106,15 @@ class LoRA(FineTuned):
         alpha=None, # rank if None
         layers=attention_or_convolution # (name, layer) -> whether to adapt a Linear or Conv2d
         ):
-        Drift.__init__(self)
-        rank, channels = check_whole('rank', rank), _channels(features, channels)
+        super().__init__(denoiser, features, channels)
+        rank = check_whole('rank', rank)
         self.scale = 1. if alpha is None else check_number('alpha', alpha)/rank
         chosen = {n: m.weight for n, m in denoiser.named_modules()
                   if isinstance(m, (nn.Linear, nn.Conv2d)) and layers(n, m)}
         if not chosen:
             raise ValueError(f'LoRA finds no layer of {type(denoiser).__name__} to adapt: '
                 '`layers` must choose some Linear or Conv2d')
-        self.__dict__['denoiser'], self.features = denoiser, features
-        self.beside = _Beside(denoiser, channels) if features else None
+        self.__dict__['denoiser'] = denoiser # not a part: it stays the prior's
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, W in chosen.items():
             rows, columns = len(W), W[0].numel()
