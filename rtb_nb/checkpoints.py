@@ -7,7 +7,7 @@ __all__ = ['save_tensors', 'load_tensors', 'flat_state', 'load_state', 'fingerpr
            'shipped_names', 'shipped_file', 'Terminated']
 
 # %% ../nbs/04b_checkpoints.ipynb #0781b0a7
-import functools, hashlib, inspect, json, math, numbers, os, signal, threading
+import dis, functools, hashlib, inspect, json, math, numbers, os, signal, threading
 from importlib.resources import files
 from pathlib import Path
 from types import CodeType
@@ -148,7 +148,8 @@ def _written(code) -> list:
 def _looked_up(code, among:dict) -> dict:
     "The numbers, words and tensors of a module that a function reads by name"
     kinds = numbers.Number, str, bytes, Tensor, np.ndarray
-    found = {n: among[n] for n in code.co_names if isinstance(among.get(n), kinds)}
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL'}
+    found = {n: among[n] for n in names if isinstance(among.get(n), kinds)}
     for c in code.co_consts:
         if isinstance(c, CodeType): found |= _looked_up(c, among)
     return found

@@ -7,7 +7,9 @@ from rtb_nb.checkpoints import (check_fingerprint, fingerprint, flat_state, load
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.networks import UNet, VectorNet
+from rtb_nb.per_sample import as_picture
 from rtb_nb.schedule import Cosine, Linear
+from rtb_nb.supervised import load_supervised
 from project import python
 
 def hash_of(v): return fingerprint(v=v)['v']
@@ -77,6 +79,7 @@ DIFFERENT = {
 }
 
 EQUAL['what a function reads'] = reading(2, NAMED), reading(2, NAMED)
+EQUAL['an attribute of that name'] = (reading(1, 'lambda x: x.n'), reading(2, 'lambda x: x.n'))
 EQUAL['a module that it reads'] = (reading(torch, 'lambda x: n.ones(x)'),
                                    reading(np, 'lambda x: n.ones(x)'))
 
@@ -105,6 +108,9 @@ cov = torch.linspace(.1, 1, 3).diag()
 prior = Diffusion(GaussianDenoiser(torch.zeros(3), cov, Cosine()), (3,), 4)
 print(fingerprint(prior=prior, words={'b', 'a'}, fn=torch.exp, y=torch.ones(2)))
 '''
+
+def test_shipped_pictures_are_still_theirs():
+    load_supervised('mnist-box', as_picture) # a picture that reads nothing but functions
 
 def test_every_process_says_the_same():
     "A set's order and an object's address change from process to process"
