@@ -23,7 +23,7 @@ class _Counts(Poisson):
 
 class _Photons(TransformedDistribution):
     "Counts in the measurement's units"
-    def __init__(self, rate, dark:float, unit:float):
+    def __init__(self, rate, dark:float, unit): # a number, or shaped like an event
         self.dark, self.unit = dark, unit
         super().__init__(_Counts(rate, validate_args=False), AffineTransform(dark, unit),
                          validate_args=False)
@@ -32,41 +32,62 @@ class _Photons(TransformedDistribution):
     @property
     def variance(self): return self.unit**2*self.base_dist.variance
 
-@dataclass(frozen=True)
+def _check_map(name, v, hint):
+    "Refuse photons that are no positive number, nor a map of them"
+    if not isinstance(v, Tensor): return check_number(name, v, hint=hint)
+    if not (v.isfinite() & (v > 0)).all():
+        raise ValueError(f'{name} must be positive everywhere, the least is {v.min():g}: leave '
+                         'pixels that see nothing to a Mask')
+
+def _in_brief(v): return v if not isinstance(v, Tensor) else (
+    f'a map {tuple(v.shape)} of {v.min():.3g} to {v.max():.3g}')
+
+def _like(v, like:Tensor): return v.to(like) if isinstance(v, Tensor) else v
+
+@dataclass(frozen=True, eq=False)
 class PhotonNoise:
     "Poisson noise in the measurement's units: the noise of counted photons"
-    photons:float # expected of light alone where the mean is `bright`
+    photons:float|Tensor # expected of light alone where the mean is `bright`: a number, or an
+    # exposure map of the measurement's shape
     dark:float=-1. # mean without light
     bright:float=1.
-    background:float=.01 # photons of sky and detector, expected everywhere on top
+    background:float|Tensor=.01 # photons of sky and detector, expected on top: so, too
     def __post_init__(self):
-        check_number('photons', self.photons)
-        check_number('background', self.background, hint='it is in photons')
+        _check_map('photons', self.photons, '')
+        _check_map('background', self.background, 'it is in photons')
         if not self.dark < self.bright:
             raise ValueError(f'dark must lie below bright, got {self.dark} and {self.bright}')
+    def __repr__(self):
+        said = [f'{k}={_in_brief(v)}' for k, v in vars(self).items()]
+        return f'{type(self).__name__}({", ".join(said)})'
     @property
-    def unit(self) -> float:
+    def unit(self) -> float|Tensor:
         "Of a measurement, per photon"
         return (self.bright - self.dark)/self.photons
     def __call__(self, mean) -> Distribution:
-        rate = ((mean - self.dark)/self.unit).clamp(min=0) + self.background
-        return _Photons(rate, self.dark, self.unit)
+        unit, background = (_like(v, mean) for v in (self.unit, self.background))
+        rate = ((mean - self.dark)/unit).clamp(min=0) + background
+        return _Photons(rate, self.dark, unit)
     def measured(self, counts) -> Tensor: # shaped like `counts`
         "Whole photons, sky and all, as a measurement in the operator's units"
         counts = torch.as_tensor(counts)
         if not ((counts >= 0) & (counts == counts.round())).all():
             raise ValueError('counts are whole photons, none below zero: leave the sky in, and '
                              'say how much it is, background=...')
-        return self.dark + self.unit*counts
+        unit = self.unit.to(counts.device) if isinstance(self.unit, Tensor) else self.unit
+        return self.dark + unit*counts
     def check(self, y):
         "Refuse what no count of photons can be, or what are bare counts"
-        most = (y.max().item() - self.dark)/self.unit if y.numel() else 0
-        if most > 10*(self.photons + self.background): raise ValueError('y reaches '
-            f'{most:,.0f} photons, where `bright` stands for {self.photons:g}: give counts as '
-            'noise.measured(counts)')
-        one = _Counts(torch.ones(()), validate_args=False)
-        none = one.log_prob((y - self.dark)/self.unit) == -math.inf
+        unit, bright, background = (_like(v, y) for v in (
+            self.unit, self.photons, self.background))
+        counts = (y - self.dark)/unit
+        over = counts/(bright + background)
+        if (over > 10).any():
+            raise ValueError(f'y reaches {over.max():,.0f} times the photons that `bright` '
+                f'stands for, {_in_brief(self.photons)}: give counts as noise.measured(counts)')
+        one = _Counts(torch.ones((), device=y.device), validate_args=False)
+        none = one.log_prob(counts) == -math.inf
         if none.any():
             raise ValueError(f'y holds {int(none.sum())} values that are no whole count of '
                 f'photons, such as {y[none][0].item():g}: counts are {self.dark:g} + '
-                f'{self.unit:g} n')
+                f'{_in_brief(self.unit)} n')

@@ -8,6 +8,7 @@ from torch.distributions import Categorical
 from test_core import plane
 from rtb_nb.amortise import Bank, Family, MaximumLikelihood
 from rtb_nb.behaviours import OnPolicy
+from rtb_nb.checkpoints import fingerprint
 from rtb_nb.denoise import EpsDenoiser, GaussianDenoiser, X0Denoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.drifts import NetDrift
@@ -190,6 +191,30 @@ def test_counts_become_a_measurement():
     with pytest.raises(ValueError, match='noise.measured'): noise.check(torch.tensor([[40.]]))
     for odd in ([[1.5]], [[-2]], [[math.nan]]):
         with pytest.raises(ValueError, match='whole photons'): noise.measured(odd)
+
+def test_exposure_may_differ_between_pixels():
+    torch.manual_seed(0)
+    exposure, sky = 20 + 100*torch.rand(1, 4, 4), 1 + torch.rand(1, 4, 4)
+    noise, x = PhotonNoise(exposure, dark=0., background=sky), torch.rand(6, 1, 4, 4)
+    like = Likelihood(Identity((1, 4, 4)), noise=noise)
+    y = noise.measured(torch.poisson(x*exposure + sky))
+    each = [PhotonNoise(e.item(), dark=0., background=b.item())(v).log_prob(u).sum()
+            for i in range(6) for v, u, e, b in zip(*(w.flatten() for w in (
+                x[i], y[i], exposure, sky)))]
+    found = like(x).log_prob(like.take(y, (1, 4, 4), torch.zeros(())))
+    assert torch.allclose(found, torch.stack(each).view(6, 16).sum(1), atol=1e-2)
+    assert 'photons=a map (1, 4, 4) of' in repr(noise)
+    with pytest.raises(ValueError, match='no whole count'): noise.check(y + .3*noise.unit)
+    with pytest.raises(ValueError, match='times the photons'): noise.check(12 + y)
+    assert fingerprint(n=noise) == fingerprint(n=PhotonNoise(exposure, 0., 1., sky))
+    assert fingerprint(n=noise) != fingerprint(n=PhotonNoise(exposure + 1, 0., 1., sky))
+
+@pytest.mark.parametrize('odd', [dict(photons=torch.tensor([1., 0.])),
+    dict(photons=3., background=torch.tensor([1., math.nan])),
+    dict(photons=torch.tensor([math.inf, 1.]))])
+def test_maps_of_photons_are_positive(odd):
+    with pytest.raises(ValueError, match='must be positive everywhere, the least is'):
+        PhotonNoise(**odd)
 
 def test_counts_have_a_chi2():
     torch.manual_seed(0)
