@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from rtb_nb.checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_weights)
+from .checkpoints import (check_fingerprint, fingerprint, load_state,
+    load_tensors, save_weights)
 from .denoise import Denoiser, bcast
 from .diffusion import Diffusion
 from .networks import _InBfloat16

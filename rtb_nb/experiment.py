@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import AttrDict
-from rtb_nb.records import (append_record, ask_git, entry_of, from_plain, read_records, record,
-    to_plain)
+from .records import (append_record, ask_git, entry_of, from_plain, read_records,
+    record, to_plain)
 from .schedule import check_number, check_whole
 
 # %% ../nbs/17_experiment.ipynb #a8e18491

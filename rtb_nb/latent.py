@@ -10,8 +10,8 @@ __all__ = ['Decoder', 'Autoencoder', 'autoencoder_loss', 'train_autoencoder', 's
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from rtb_nb.checkpoints import (fingerprint, load_state, load_tensors, save_weights,
-    shipped_file)
+from .checkpoints import (fingerprint, load_state, load_tensors,
+    save_weights, shipped_file)
 from .denoise import MixtureDenoiser
 from .diffusion import Diffusion
 from .posterior import gradients

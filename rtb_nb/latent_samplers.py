@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from .guidance import log_gradient
 from .nonlinear import Compose
-from rtb_nb.samplers import (CLEAN, Samples, ancestral, bridge, ladder, prepare, sampler,
-    ticks, vjp)
+from .samplers import (CLEAN, Samples, ancestral, bridge, ladder, prepare,
+    sampler, ticks, vjp)
 from .schedule import check_number, check_whole
 
 # %% ../nbs/11c_latent_samplers.ipynb #18247b81
