@@ -60,7 +60,7 @@ def undocumented(module):
 
 @pytest.mark.parametrize('module', MODULES)
 def test_the_package_calls_itself_by_no_name(module):
-    "nbdev makes `from rtb_nb.x` into `from .x`, but for some imports of two lines: break those anew"
+    "nbdev makes `from rtb_nb.x` into `from .x`, but for some of two lines: break those anew"
     own = [n.module for n in ast.walk(tree(module)) if isinstance(n, ast.ImportFrom)
            and n.level == 0 and n.module.partition('.')[0] == 'rtb_nb']
     assert not own
