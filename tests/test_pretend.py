@@ -32,7 +32,8 @@ from rtb_nb.mmps import MMPS, SubspaceMatching
 from rtb_nb.networks import PatchTransformer
 from rtb_nb.nonlinear import Compose
 from rtb_nb.objective import RTB, ScalarLogZ
-from rtb_nb.operators import Mask
+from rtb_nb.operators import Identity, Mask
+from rtb_nb.photons import PhotonNoise
 from rtb_nb.per_sample import BlockAverages, Blurs, as_picture, random_boxes, random_kernels
 from rtb_nb.replay import Buffer, Replay
 from rtb_nb.samplers import cla
@@ -248,6 +249,17 @@ def test_amortised_fits_their_file_and_their_sampler(device, tmp_path):
     for inside, best in ((0, False), (1, True)):
         found = lavps(problem, y, 2, again, inside=inside, outside=1, best=best, steps=4)
         assert isinstance(found.x, Away) and found.x.isfinite().all() and found.amortised
+
+def test_maps_of_photons_follow_the_measurement(device):
+    torch.manual_seed(0)
+    noise = PhotonNoise(50 + torch.rand(1, 8, 8), background=1 + torch.rand(1, 8, 8))
+    prior = small_lens(steps=3, size=8).prior
+    problem = InverseProblem(prior, Likelihood(Identity((1, 8, 8)), noise=noise)).to(device)
+    y = noise.measured(torch.poisson(20 + 50*torch.rand(1, 1, 8, 8)).to(device))
+    q = problem.posterior(image_drifts(problem, width=16, depth=1)[:1]).to(device)
+    x, log_r, log_w = q.draw(y, 2)
+    assert isinstance(x, Away) and (log_r + log_w).isfinite().all()
+    assert problem.chi2(x, y).isfinite().all() and problem.simulate(1)[1].device == y.device
 
 def test_supervised_training_its_file_and_its_sampler(device, tmp_path):
     torch.manual_seed(0)
