@@ -161,17 +161,18 @@ def prior_of(name, # a shipped posterior, or a file that save_posterior wrote
                       device=device)
 
 # %% ../nbs/14c_shipped.ipynb #5b24daa9
-def _drifts_of(card, path, problem, drifts) -> list:
-    "Untrained drifts, by the recipe of a card, or as the reader has made them"
+def _untrained(card, path, problem, drifts) -> Posterior:
+    "Of drifts made by the recipe of a card, or as the reader has made them"
     if 'recipe' in card:
-        if drifts is None: return family_drifts(problem, **card['recipe'])
+        if drifts is None: return problem.posterior(family_drifts(problem, **card['recipe']))
         raise ValueError(f'{path} makes its drifts itself, by a recipe: leave `drifts` out')
     made = ', '.join(card['drifts'])
     if drifts is None:
         raise ValueError(f'the drifts of {path} were not made by a recipe: make them again, as '
             f'before training, and give drifts=[{made}]')
-    given = ', '.join(map(repr, drifts))
-    if given == made: return drifts
+    posterior = problem.posterior(drifts)
+    given = ', '.join(map(repr, posterior.drifts))
+    if given == made: return posterior
     raise ValueError(f'{path} holds drifts [{made}], and was given [{given}]')
 
 @torch.inference_mode(False)
@@ -187,7 +188,7 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     remedy = 'it goes with ' + (f'prior_of({str(name)!r})' if 'chain' in card else
                                 'the prior and chain that its card names')
     check_fingerprint(card.pop('belongs'), _bank_belongs(problem.prior), path, remedy)
-    posterior = problem.posterior(_drifts_of(card, path, problem, drifts))
+    posterior = _untrained(card, path, problem, drifts)
     try: load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
     except ValueError as e:
         own = type(problem.operator).__name__

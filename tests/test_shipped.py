@@ -145,6 +145,13 @@ def test_drifts_of_ones_own_are_those_of_the_file(problem, tmp_path, drifts, say
     with pytest.raises(ValueError, match=says):
         load_posterior(path, problem, drifts and own_drifts(problem, **drifts))
 
+def test_one_drift_is_no_list_of_drifts(problem, tmp_path):
+    path = tmp_path/'c.posterior.safetensors'
+    save_posterior(problem.posterior([MomentMatching()]), path)
+    assert not list(load_posterior(path, problem, [MomentMatching()]).parameters())
+    with pytest.raises(TypeError, match='drifts are a list of drifts'):
+        load_posterior(path, problem, MomentMatching())
+
 def test_a_recipe_makes_its_drifts_itself(posterior, problem, tmp_path):
     path = tmp_path/'a.posterior.safetensors'
     save_posterior(posterior, path, recipe)
