@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import (AffineTransform, Distribution, Poisson,
     TransformedDistribution)
+from .operators import _like
 from .schedule import check_number
 
 # %% ../nbs/09e_photons.ipynb #b952882f
@@ -36,13 +37,18 @@ def _check_map(name, v, hint):
     "Refuse photons that are no positive number, nor a map of them"
     if not isinstance(v, Tensor): return check_number(name, v, hint=hint)
     if not (v.isfinite() & (v > 0)).all():
-        raise ValueError(f'{name} must be positive everywhere, the least is {v.min():g}: leave '
-                         'pixels that see nothing to a Mask')
+        raise ValueError(f'{name} must be positive everywhere, the least is {v.min():g}: '
+                         + hint)
 
 def _in_brief(v): return v if not isinstance(v, Tensor) else (
     f'a map {tuple(v.shape)} of {v.min():.3g} to {v.max():.3g}')
 
-def _like(v, like:Tensor): return v.to(like) if isinstance(v, Tensor) else v
+def _map(name, v, like:Tensor): # (..., *shape)
+    "A map in the precision and place of what is measured; a number as it is"
+    if not isinstance(v, Tensor): return v
+    if like.shape[like.ndim-v.ndim:] == v.shape: return _like(v, like)
+    raise ValueError(f'{name} is a map of shape {tuple(v.shape)}, which does not fit what is '
+                     f'measured, {tuple(like.shape)}')
 
 @dataclass(frozen=True, eq=False)
 class PhotonNoise:
@@ -53,7 +59,7 @@ class PhotonNoise:
     bright:float=1.
     background:float|Tensor=.01 # photons of sky and detector, expected on top: so, too
     def __post_init__(self):
-        _check_map('photons', self.photons, '')
+        _check_map('photons', self.photons, 'a pixel that sees nothing is for a Mask')
         _check_map('background', self.background, 'it is in photons')
         if not self.dark < self.bright:
             raise ValueError(f'dark must lie below bright, got {self.dark} and {self.bright}')
@@ -64,8 +70,13 @@ class PhotonNoise:
     def unit(self) -> float|Tensor:
         "Of a measurement, per photon"
         return (self.bright - self.dark)/self.photons
+    def maps(self, like:Tensor) -> tuple: # (..., *shape)
+        "Unit, photons and background beside what is measured"
+        photons = _map('photons', self.photons, like)
+        background = _map('background', self.background, like)
+        return (self.bright - self.dark)/photons, photons, background
     def __call__(self, mean) -> Distribution:
-        unit, background = (_like(v, mean) for v in (self.unit, self.background))
+        unit, _, background = self.maps(mean)
         rate = ((mean - self.dark)/unit).clamp(min=0) + background
         return _Photons(rate, self.dark, unit)
     def measured(self, counts) -> Tensor: # shaped like `counts`
@@ -74,14 +85,13 @@ class PhotonNoise:
         if not ((counts >= 0) & (counts == counts.round())).all():
             raise ValueError('counts are whole photons, none below zero: leave the sky in, and '
                              'say how much it is, background=...')
-        unit = self.unit.to(counts.device) if isinstance(self.unit, Tensor) else self.unit
-        return self.dark + unit*counts
+        counts = counts if counts.is_floating_point() else counts.to(torch.get_default_dtype())
+        return self.dark + self.maps(counts)[0]*counts
     def check(self, y):
         "Refuse what no count of photons can be, or what are bare counts"
-        unit, bright, background = (_like(v, y) for v in (
-            self.unit, self.photons, self.background))
+        unit, photons, background = self.maps(y)
         counts = (y - self.dark)/unit
-        over = counts/(bright + background)
+        over = counts/(photons + background)
         if (over > 10).any():
             raise ValueError(f'y reaches {over.max():,.0f} times the photons that `bright` '
                 f'stands for, {_in_brief(self.photons)}: give counts as noise.measured(counts)')

@@ -206,6 +206,11 @@ def test_exposure_may_differ_between_pixels():
     assert 'photons=a map (1, 4, 4) of' in repr(noise)
     with pytest.raises(ValueError, match='no whole count'): noise.check(y + .3*noise.unit)
     with pytest.raises(ValueError, match='times the photons'): noise.check(12 + y)
+    for call in (noise, noise.check, noise.measured):
+        with pytest.raises(ValueError, match=r'photons is a map of shape \(1, 4, 4\)'):
+            call(torch.ones(2, 1, 3, 4))
+    assert torch.equal(noise.measured(torch.ones(1, 4, 4).int()), noise.unit)
+    assert torch.equal(PhotonNoise(torch.tensor(4.))(x).mean, PhotonNoise(4.)(x).mean)
     assert fingerprint(n=noise) == fingerprint(n=PhotonNoise(exposure, 0., 1., sky))
     assert fingerprint(n=noise) != fingerprint(n=PhotonNoise(exposure + 1, 0., 1., sky))
 
