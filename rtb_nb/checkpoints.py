@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'flat_state', 'load_state', 'fingerprint', 'check_fingerprint', 'save_weights',
-           'shipped_names', 'shipped_file', 'Terminated']
+           'without_draws', 'shipped_names', 'shipped_file', 'Terminated']
 
 # %% ../nbs/04b_checkpoints.ipynb #0781b0a7
 import dis, functools, hashlib, inspect, json, math, numbers, os, signal, threading
@@ -243,6 +243,14 @@ def save_weights(state:dict, # of a module: rounded in place
     save_tensors(path, tensors, card | belongs)
     path.with_suffix('.json').write_text(json.dumps(card, indent=1) + '\n')
     return card
+
+# %% ../nbs/04b_checkpoints.ipynb #406fa755
+def without_draws(fn):
+    "`fn`, with torch's generator of the CPU, where networks are made, as it found it"
+    @functools.wraps(fn)
+    def as_found(*args, **kwargs):
+        with torch.random.fork_rng(devices=[]): return fn(*args, **kwargs)
+    return as_found
 
 # %% ../nbs/04b_checkpoints.ipynb #31febed2
 def shipped_names(ending:str # such as .safetensors; names have no dot of their own

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from .checkpoints import (check_fingerprint, fingerprint, load_state,
-    load_tensors, save_weights)
+    load_tensors, save_weights, without_draws)
 from .denoise import Denoiser, bcast
 from .diffusion import Diffusion
 from .networks import _InBfloat16
@@ -165,6 +165,7 @@ def _error_file(name) -> Path:
 
 # %% ../nbs/06b_errors.ipynb #6456bacd
 @torch.inference_mode(False)
+@without_draws
 def load_error(name, # a shipped prior, such as 'galaxies-32', or a file of a prior or an error
     prior:Diffusion) -> PixelError: # on the prior's device, fixed
     "The error per pixel of a prior, with its card in `error.card`; refused by another prior"

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (fingerprint, load_state, load_tensors,
-    save_weights, shipped_file)
+    save_weights, shipped_file, without_draws)
 from .denoise import MixtureDenoiser
 from .diffusion import Diffusion
 from .posterior import gradients
@@ -164,6 +164,7 @@ def save_autoencoder(model:Autoencoder, # its weights are rounded, as the file's
     return save_weights(model.state_dict(), path, _autoencoder_ending, card, autoencoder=True)
 
 @torch.inference_mode(False)
+@without_draws
 def load_autoencoder(name='mnist-16', # a shipped one, or a file that save_autoencoder wrote
     device='cpu'
     ) -> Autoencoder: # with its card in `model.card`

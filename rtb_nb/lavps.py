@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_weights, shipped_file, shipped_names)
+    save_weights, shipped_file, shipped_names, without_draws)
 from .diffusion import Diffusion
 from .errors import _whose
 from .guidance import log_gradient
@@ -237,6 +237,7 @@ def image_amortiser(prior:Diffusion,
     return Amortiser(net, *(_views[v] for v in views_of_y)).to(prior.device)
 
 # %% ../nbs/14d_lavps.ipynb #3d7a2d2b
+@without_draws
 def save_amortiser(amortiser:Amortiser, path, # a name that ends in .amortiser.safetensors
     prior:Diffusion, recipe:dict, # of `image_amortiser`
     card:dict # family, training, what was found: whatever the reader should know
@@ -253,6 +254,7 @@ def shipped_amortisers() -> list:
     return shipped_names('.amortiser.safetensors')
 
 @torch.inference_mode(False)
+@without_draws
 def load_amortiser(name, # a shipped amortiser, or a file that save_amortiser wrote
     prior:Diffusion # the one that it was trained with, on any chain
     ) -> Amortiser: # with its card in `amortiser.card`

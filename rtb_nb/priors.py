@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (_rounded, check_fingerprint, fingerprint, flat_state,
-    load_state, load_tensors, save_tensors, shipped_file, shipped_names)
+    load_state, load_tensors, save_tensors, shipped_file, shipped_names, without_draws)
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser
 from .diffusion import Diffusion
 from .networks import PatchTransformer, UNet, VectorNet, _mixed, in_bfloat16
@@ -226,6 +226,7 @@ def _schedule_of(card:dict, tensors:dict):
     return schedule
 
 # %% ../nbs/06_priors.ipynb #b4082aba
+@without_draws
 def _denoiser_of(tensors:dict, card:dict) -> Denoiser:
     "The denoiser of a file"
     args = {k: v for k, v in card['net'].items() if k != 'name'}

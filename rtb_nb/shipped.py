@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from .amortise import Bank, Pairs, _bank_belongs, another
 from .checkpoints import (check_fingerprint, load_state, load_tensors, save_weights,
-    shipped_file, shipped_names)
+    shipped_file, shipped_names, without_draws)
 from .components import load_covariance
 from .correlated import CovarianceMatching
 from .covariance import whitened
@@ -116,6 +116,7 @@ def gentle_optimiser(posterior:Posterior, lr=1e-3) -> torch.optim.Adam:
     return torch.optim.Adam(learned, check_number('lr', lr))
 
 # %% ../nbs/14c_shipped.ipynb #d20047c5
+@without_draws
 def _check_recipe(posterior, recipe):
     "Refuse a recipe of other drifts than a posterior's"
     fresh = posterior.problem.posterior(family_drifts(posterior.problem, **recipe))
@@ -161,6 +162,7 @@ def prior_of(name, # a shipped posterior, or a file that save_posterior wrote
                       device=device)
 
 # %% ../nbs/14c_shipped.ipynb #5b24daa9
+@without_draws
 def _untrained(card, path, problem, drifts) -> Posterior:
     "Of drifts made by the recipe of a card, or as the reader has made them"
     if 'recipe' in card:

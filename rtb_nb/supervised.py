@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .checkpoints import (check_fingerprint, fingerprint, load_state, load_tensors,
-    save_weights, shipped_file)
+    save_weights, shipped_file, without_draws)
 from .denoise import Bookkeeping, Denoiser, _answer, bcast
 from .likelihood import InverseProblem, Likelihood
 from .networks import _mixed
@@ -205,6 +205,7 @@ def ddim(problem:InverseProblem, y, # one measurement (1, ...), or n of them
 # %% ../nbs/14e_supervised.ipynb #996828ab
 _ending = '.supervised.safetensors'
 
+@without_draws
 def _conditional_of(net:dict, schedule, variance) -> ConditionalDenoiser:
     "An untrained denoiser of a card's network"
     arguments = {k: v for k, v in net.items() if k != 'name'}
