@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from torch import nn, Tensor
+from .checkpoints import without_draws
 from .denoise import Denoiser, EpsDenoiser, VDenoiser, X0Denoiser, check_start
 from .diffusion import Chain, Diffusion
 from .schedule import Tabulated, check_number, check_whole
@@ -148,6 +149,7 @@ def _folder(source) -> Path:
             'check name and network, or pass a local folder') from e
 
 # %% ../nbs/06a_pretrained.ipynb #a84fb5f5
+@without_draws
 def _parts(source, # a local folder, or a name on the hub
     scheduler=None # the folder's own if None
     ) -> tuple: # network, scheduler

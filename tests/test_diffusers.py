@@ -215,7 +215,9 @@ def test_folders(unet, tmp_path, layout):
     if layout == 'ddim':
         DDIMScheduler(prediction_type='v_prediction').save_pretrained(tmp_path/'scheduler')
     passed = [scheduler]*(layout == 'network alone')
+    state = torch.get_rng_state()
     prior = from_diffusers(tmp_path, *passed, steps=10, variance_type='fixed_large')
+    assert torch.equal(torch.get_rng_state(), state)
     reference = from_diffusers(unet, scheduler, steps=10)
     x = torch.randn(2, 1, 16, 16)
     for k in (0, 5):
