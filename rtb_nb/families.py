@@ -6,11 +6,12 @@
 __all__ = ['LensFamily', 'random_lens', 'LensBank', 'Matrices', 'LensBatches', 'outside']
 
 # %% ../nbs/09c_families.ipynb #53e3f5fb
-import math
+import itertools, math
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from .exposures import Stack
 from .lensing import Lens
 from .likelihood import Likelihood
 from .nonlinear import Compose
@@ -149,6 +150,11 @@ class LensBatches(nn.Module):
 def outside(family:LensFamily, likelihood:Likelihood) -> list: # of sentences; empty inside
     "What of a lens and its noise lies outside a family"
     lens, noise, res = likelihood.operator, likelihood.std, []
+    if isinstance(lens, Stack):
+        stds = [noise and noise/w for w in lens.weights]
+        each = [outside(family, Likelihood(part, std, likelihood.noise))
+                for part, std in zip(lens.parts, stds)]
+        return [f'a Stack of {len(each)} exposures', *dict.fromkeys(itertools.chain(*each))]
     if isinstance(lens, Compose) and isinstance(lens.inner, Lens):
         res.append(f'a {type(lens.outer).__name__} follows the Lens, as for a map of noise')
         lens = lens.inner

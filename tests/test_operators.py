@@ -18,6 +18,7 @@ from rtb_nb.deepinv import as_operator, denoiser_to_deepinv, noise_of, to_deepin
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
+from rtb_nb.exposures import Stack
 from rtb_nb.guidance import DPS, LikelihoodGradient, MomentMatching
 from rtb_nb.imaging import (Blur, Separable, bicubic, block_average, box_mask, gaussian_blur,
                             mirror_index, motion_kernel, random_mask)
@@ -54,12 +55,16 @@ linear = dict(
     sparse=lambda: SparseMatrix(few(50, 96), shape, offset=.1),
     small=lambda: Compose(block_average(shape, 2), gaussian_blur(shape, 1., 5)),
     masked=lambda: Compose(random_mask((3, 4, 2), .5),
-                           Compose(bicubic(shape, 2), Blur(motion_kernel(4, .5), shape))))
+                           Compose(bicubic(shape, 2), Blur(motion_kernel(4, .5), shape))),
+    tall=lambda: Stack(gaussian_blur(shape, 1.2), SparseMatrix(few(50, 96), shape, offset=.1),
+                       weights=[.5, 2.]),
+    wide=lambda: Stack(block_average(shape, 4), Matrix(torch.randn(10, 96), shape)))
 nonlinear = dict(
     phase=lambda: FourierMagnitude(shape),
     camera=lambda: NonlinearBlur(motion_kernel(5, .5), shape),
     network=lambda: Frozen(network()),
-    decoder=lambda: Compose(random_mask((1, 2, 2), .5), Frozen(decoder())))
+    decoder=lambda: Compose(random_mask((1, 2, 2), .5), Frozen(decoder())),
+    mixed=lambda: Stack(FourierMagnitude(shape), random_mask(shape, .7), weights=[2., .1]))
 operators = linear | nonlinear
 
 
