@@ -3,7 +3,7 @@ import pytest, torch
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
-from rtb_nb.exposures import LinearStack, Stack, together
+from rtb_nb.exposures import LinearStack, Stack, autocorrelation, together, white_noise
 from rtb_nb.families import LensFamily, outside
 from rtb_nb.guidance import CLA, DPS, MomentMatching
 from rtb_nb.imaging import block_average, gaussian_blur
@@ -120,6 +120,59 @@ def test_two_bands_of_one_lens():
     assert [w for w in outside(family, Likelihood(op, noise)) if 'psf' in w] == [
         f'psf 0.5 is outside {family.psf}']
 
+def smoothed(n, seed=0):
+    "Noise that goes together, and its autocorrelation in closed form"
+    torch.manual_seed(seed)
+    taps = torch.tensor([.3, 1., .3], dtype=torch.float64)
+    kernel = taps[:, None]*taps
+    drawn = torch.nn.functional.conv2d(torch.randn(n, 1, 42, 42).double(), kernel[None, None])
+    each = torch.nn.functional.conv1d(taps[None, None], taps[None, None], padding=2)[0, 0]
+    return drawn, each[:, None]*each
+
+def test_autocorrelation_is_what_the_noise_was_made_with():
+    noise, exact = smoothed(200)
+    found = autocorrelation(noise + 7, 2) # the sky's level does not count
+    torch.testing.assert_close(found, exact, rtol=0, atol=.02)
+    assert torch.equal(found, found.flip(0, 1))
+    one = autocorrelation(noise[0, 0].float().numpy(), 1)
+    torch.testing.assert_close(one, exact[1:4, 1:4], rtol=0, atol=.5)
+
+@pytest.mark.parametrize('channels', [1, 2])
+def test_white_noise_is_white_and_the_likelihood_the_same(channels):
+    _, kernel = smoothed(1)
+    image = channels, 6, 5
+    A = Matrix(torch.randn(channels*30, 20), 20, image, offset=.3)
+    n = channels*30
+    C = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            (c, a, b), (d, e, f) = ((k//30, k % 30//5, k % 5) for k in (i, j))
+            if c == d and abs(a-e) < 3 and abs(b-f) < 3: C[i, j] = kernel[a-e+2, b-f+2]
+    noise = torch.distributions.MultivariateNormal(torch.zeros(n).double(), C)
+    x = torch.randn(500, 20).double()
+    y = A(x) + noise.sample((500,)).view(500, *image)
+    for given in (kernel, C):
+        op, turned, std = white_noise(A, y, given, floor=0)
+        left = ((turned - op(x))/std).flatten(1)
+        assert abs(left.T @ left/500 - torch.eye(n)).max() < .3
+        units = torch.linalg.slogdet(op.outer.matrix())[1]
+        found = Likelihood(op, std).log_prob(x, turned) + units
+        torch.testing.assert_close(found, noise.log_prob((y - A(x)).flatten(1)))
+
+def test_a_floor_makes_error_bars_wider():
+    _, kernel = smoothed(1)
+    op, y = Identity(shape), torch.zeros(1, *shape)
+    exact, safe = (white_noise(op, y, kernel, floor=f) for f in (0., .2))
+    strength = [torch.linalg.svdvals(o.outer.matrix()/s).max() for o, _, s in (exact, safe)]
+    assert strength[1] < strength[0] and abs(strength[1] - (.2*kernel[2, 2])**-.5) < 1e-6
+
+def test_correlated_noise_in_one_of_two_exposures():
+    x, (sharp, deep) = two(2)
+    _, kernel = smoothed(1)
+    op, y, noise_std = together(white_noise(*sharp[:2], kernel), deep)
+    assert isinstance(op, LinearStack)
+    assert Likelihood(op, noise_std).log_prob(x, y).isfinite().all()
+
 REFUSED = {
     'nothing': (lambda A: Stack(), ValueError, 'a Stack needs operators'),
     'a function': (lambda A: Stack(A, torch.sin), TypeError, 'does not say what it measures'),
@@ -138,6 +191,25 @@ REFUSED = {
     'a pair': (lambda A: together((A, 1.)), TypeError, 'takes .operator, y, noise_std.'),
     'a map': (lambda A: together((A, torch.ones(1, *shape), torch.ones(shape))), ValueError,
               'even_noise first'),
+    'a bent operator': (lambda A: white_noise(FourierMagnitude(shape), A, torch.eye(3)),
+                        TypeError, 'turns a linear operator, got FourierMagnitude'),
+    'no measurement': (lambda A: white_noise(A, torch.ones(1, 3), torch.eye(64)), ValueError,
+                       'y has shape'),
+    'no covariance': (lambda A: white_noise(A, torch.ones(1, *shape), torch.eye(3)[:2]),
+                      ValueError, r'must be \(64, 64\), or for images an autocorrelation'),
+    'an even one': (lambda A: white_noise(A, torch.ones(1, *shape), torch.eye(4)), ValueError,
+                    r'of odd sides, got \(4, 4\)'),
+    'one side': (lambda A: white_noise(A, torch.ones(1, *shape), torch.ones(64, 64).triu()),
+                 ValueError, 'same from either'),
+    'too short': (lambda A: white_noise(A, torch.ones(1, *shape), torch.ones(3, 3)), ValueError,
+                  'no noise has this covariance, of variance 1'),
+    'a floor': (lambda A: white_noise(A, torch.ones(1, *shape), torch.eye(64), floor=1.),
+                ValueError, 'floor must lie in'),
+    'a small sky': (lambda A: autocorrelation(torch.ones(4, 4)), ValueError, 'more than 4 pix'),
+    'a sky of colours': (lambda A: autocorrelation(torch.ones(1, 3, 9, 9)), ValueError,
+                         r'must be \(H, W\) or \(n, 1, H, W\)'),
+    'a hole in the sky': (lambda A: autocorrelation(torch.full((9, 9), torch.nan)), ValueError,
+                          'cut them off'),
     'no noise': (lambda A: Stack(A, A).gram_solve(torch.ones(1, 128), 1., 0.), ValueError,
                  'singular: give b > 0')}
 
