@@ -19,10 +19,11 @@ def _checked(operators, weights) -> list: # of numbers
     "The weights of operators, refused where these do not see the same image"
     if not operators: raise ValueError('a Stack needs operators: Stack(first, second)')
     for f in operators:
-        name = type(f).__name__
-        if not isinstance(f, nn.Module) or not getattr(f, 'out_shape', None): raise TypeError(
-            f'{name} does not say what it measures: a Stack is of operators with an in_shape '
-            'and an out_shape, else write one function that gives torch.cat([...], 1)')
+        name, shapes = type(f).__name__, ('in_shape', 'out_shape')
+        known = isinstance(f, nn.Module) and all(getattr(f, s, None) for s in shapes)
+        if not known: raise TypeError(f'{name} does not say what it measures: a Stack is of '
+            f'operators with an {" and an ".join(shapes)}, else write one function that gives '
+            'torch.cat([...], 1)')
         if getattr(f, 'members', 1) > 1: raise TypeError('a Stack is of one image in several '
             f'exposures, and {name} holds {f.members} operators, for {f.members} images')
     seen = [tuple(f.in_shape) for f in operators]

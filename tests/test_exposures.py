@@ -9,7 +9,7 @@ from rtb_nb.guidance import CLA, DPS, MomentMatching
 from rtb_nb.imaging import block_average, gaussian_blur
 from rtb_nb.lensing import Lens, even_noise
 from rtb_nb.likelihood import InverseProblem, Likelihood
-from rtb_nb.nonlinear import FourierMagnitude
+from rtb_nb.nonlinear import Compose, FourierMagnitude
 from rtb_nb.operators import Identity, Matrix
 from rtb_nb.per_sample import random_boxes
 from rtb_nb.samplers import ddrm
@@ -176,6 +176,8 @@ def test_correlated_noise_in_one_of_two_exposures():
 REFUSED = {
     'nothing': (lambda A: Stack(), ValueError, 'a Stack needs operators'),
     'a function': (lambda A: Stack(A, torch.sin), TypeError, 'does not say what it measures'),
+    'a decoder': (lambda A: Stack(A, Compose(Identity(2), torch.sin)), TypeError,
+                  'Compose does not say'),
     'another image': (lambda A: Stack(A, Identity(3)), ValueError, r'see \(1, 8, 8\), \(3,\)'),
     'many operators': (lambda A: Stack(random_boxes(2, shape)), TypeError, 'holds 2 operators'),
     'weights': (lambda A: Stack(A, A, weights=[1.]), ValueError, '1 weights for 2 operators'),
