@@ -9,10 +9,9 @@ __all__ = ['Stack', 'LinearStack', 'together', 'autocorrelation', 'white_noise']
 import math
 import torch
 from torch import nn, Tensor
-from .denoise import _no_autocast
 from .nonlinear import Compose
-from .operators import (LinearOperator, Matrix, _per_sample, at_least_single, check_batch)
-from .schedule import as_double, check_number, check_whole, widest
+from .operators import LinearOperator, Matrix, check_batch
+from .schedule import as_double, check_number, check_whole
 
 # %% ../nbs/07e_exposures.ipynb #52a55ad3
 def _checked(operators, weights) -> list: # of numbers
@@ -84,33 +83,6 @@ class LinearStack(Stack, LinearOperator):
     def transpose(self, y):
         each = zip(y.split(self._lengths, 1), self.parts, self.weights)
         return sum(w*f.transpose(f.by_block(v)).reshape(len(y), f.sizes[1]) for v, f, w in each)
-    def normal_eig(self, like) -> tuple: # eigenvalues (n,) and eigenvectors (n, n)
-        "Of A^T A, computed once"
-        if 'normal' not in self.casts:
-            with torch.inference_mode(False), torch.no_grad():
-                A = self.block()
-                self.casts['normal'] = torch.linalg.eigh(A.T @ A)
-        return tuple(v.to(like) for v in self.casts['normal'])
-    def gram_solve(self, v, a, b):
-        "(a A A^T + b I)^-1 v; through A^T A where y has more pixels than x"
-        if self.sizes[0] <= self.sizes[1]: return super().gram_solve(v, a, b)
-        check_batch(v, self.out_shape, 'v')
-        u = widest(v)
-        a, b = _per_sample(a, u, 'a'), _per_sample(b, u, 'b')
-        if not (b > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
-        values, vectors = self.normal_eig(u)
-        with _no_autocast(u):
-            known = self.transpose(u) @ vectors*(a/(a*values + b)) @ vectors.T
-            return ((u - self.linear(known))/b).to(at_least_single(v))
-    def pinv(self, y, rcond=1e-6):
-        "A^+ (y - offset), the smallest least-squares solution"
-        if self.sizes[0] <= self.sizes[1]: return super().pinv(y, rcond)
-        check_batch(y, self.out_shape, 'y')
-        rcond = check_number('rcond', rcond, '[0, 1)')
-        values, vectors = self.normal_eig(self.offset)
-        u = self.transpose(y.to(self.offset) - self.offset) @ vectors
-        x = u*torch.where(values > rcond**2*values.max(), 1/values, 0.) @ vectors.T
-        return x.reshape(len(y), *self.in_shape).to(at_least_single(y))
 
 # %% ../nbs/07e_exposures.ipynb #3a33aa5d
 def together(*exposures # of each: operator, y (M, ...) and noise_std

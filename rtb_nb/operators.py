@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .denoise import _no_autocast
-from .schedule import check_number, check_whole
+from .denoise import _no_autocast, bcast
+from .schedule import check_number, check_whole, widest
 
 # %% ../nbs/07_operators.ipynb #9bcc9161
 def event_shape(shape, name) -> tuple:
@@ -194,6 +194,19 @@ def block_eig(self:LinearOperator, like=None) -> tuple: # eigenvalues, eigenvect
             else: self.casts[key] = tuple(_like(v, like) for v in self.block_eig())
     return self.casts[key]
 
+@patch(as_prop=True)
+def tall(self:LinearOperator) -> bool: "More rows than columns"; return (
+    self.sizes[0] > self.sizes[1])
+
+@patch
+def normal_eig(self:LinearOperator, like) -> tuple: # eigenvalues (n/blocks,), eigenvectors
+    "Of a block's A^T A, computed once: smaller than that of A A^T where A is tall"
+    if 'normal' not in self.casts:
+        with torch.inference_mode(False), torch.no_grad():
+            A = self.block()
+            self.casts['normal'] = torch.linalg.eigh(A.T @ A)
+    return tuple(_like(v, like) for v in self.casts['normal'])
+
 @patch
 def gram_eig(self:LinearOperator, like=None # a dtype, or a tensor; float64 where A is, if None
     ) -> tuple: # eigenvalues (m,) and eigenvectors (m, m)
@@ -215,17 +228,29 @@ def _per_sample(value, v, name) -> Tensor: # (B, 1) or (1, 1)
     return value.reshape(-1, 1)
 
 @patch
+def _solve_inside(self:LinearOperator, v, a, b): # a and b (B, 1) or (1, 1)
+    "`gram_solve` through A^T A"
+    if not (b > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
+    values, vectors = self.normal_eig(v)
+    w = self.transpose(self.by_block(v)).reshape(len(v), self.blocks, len(values)) @ vectors
+    w = w*(a/(a*values + b))[:, None] @ vectors.T
+    return (v - self.linear(w.flatten(0, 1)).reshape(v.shape))/bcast(b[:, 0], v)
+
+@patch
 def gram_solve(self:LinearOperator, v, # (B, *out_shape)
     a, b # numbers or (B,), >= 0
     ) -> Tensor: # (B, *out_shape)
-    "(a A A^T + b I)^-1 v; the first call decomposes A A^T"
+    "(a A A^T + b I)^-1 v; the first call decomposes A A^T, or A^T A where A is tall"
     check_batch(v, self.out_shape, 'v')
     v = at_least_single(v)
-    values, vectors = self.block_eig(v)
-    scale = _per_sample(a, v, 'a')*values + _per_sample(b, v, 'b')
-    if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
-    with _no_autocast(v):
-        u = v.flatten(1).unflatten(1, (self.blocks, -1)) @ vectors/scale[:, None]
+    u = widest(v) if self.tall else v
+    a, b = _per_sample(a, u, 'a'), _per_sample(b, u, 'b')
+    with _no_autocast(u):
+        if self.tall: return self._solve_inside(u, a, b).to(v)
+        values, vectors = self.block_eig(u)
+        scale = a*values + b
+        if not (scale > 0).all(): raise ValueError('a A A^T + b I is singular: give b > 0')
+        u = u.flatten(1).unflatten(1, (self.blocks, -1)) @ vectors/scale[:, None]
         return (u @ vectors.T).reshape(v.shape)
 
 # %% ../nbs/07_operators.ipynb #831e1db8
@@ -236,10 +261,12 @@ def pinv(self:LinearOperator, y, # (B, *out_shape)
     "A^+ (y - offset), the smallest least-squares solution"
     check_batch(y, self.out_shape, 'y')
     rcond = check_number('rcond', rcond, '[0, 1)')
-    values, vectors = self.block_eig()
-    v = self.by_block(y.to(self.offset) - self.offset) @ vectors
-    u = v*torch.where(values > rcond**2*values.max(), 1/values, 0.) @ vectors.T
-    return self.transpose(u).reshape(len(y), *self.in_shape).to(at_least_single(y))
+    values, vectors = self.normal_eig(self.offset) if self.tall else self.block_eig()
+    v = self.by_block(y.to(self.offset) - self.offset)
+    u = (self.transpose(v) if self.tall else v) @ vectors
+    u = u*torch.where(values > rcond**2*values.max(), 1/values, 0.) @ vectors.T
+    x = u if self.tall else self.transpose(u)
+    return x.reshape(len(y), *self.in_shape).to(at_least_single(y))
 
 # %% ../nbs/07_operators.ipynb #e7c01d84
 class _SparseProduct(torch.autograd.Function):
