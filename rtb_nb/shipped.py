@@ -131,8 +131,7 @@ def save_posterior(posterior:Posterior,
     card:dict=None # prior, family, training, what was found: whatever should be known
     ) -> dict: # the whole card
     "Write a posterior's drifts with their card, which says how they were made"
-    if recipe is None: made = dict(drifts=list(map(repr, posterior.drifts)),
-                                   operator=type(posterior.problem.operator).__name__)
+    if recipe is None: made = dict(drifts=list(map(repr, posterior.drifts)))
     else:
         _check_recipe(posterior, recipe)
         made = dict(recipe=recipe)
@@ -194,11 +193,9 @@ def load_posterior(name, # a shipped posterior, or a file that save_posterior wr
     posterior = _untrained(card, path, problem, drifts)
     try: load_state(posterior.drifts, {k: v.float() for k, v in tensors.items()})
     except ValueError as e:
-        then, now = card.get('operator'), type(problem.operator).__name__
-        why = (f'{path} was trained for {then}, this is {now}' if then else 'Drifts of linear '
-               f'operators see other things than those of others: is {now} of the kind that '
-               f'{path} was trained for?')
-        raise ValueError(f'{e}. {why}') from None
+        own = type(problem.operator).__name__
+        raise ValueError(f'{e}. Drifts of linear operators see other things than those of '
+                         f'others: is {own} of the kind that {path} was trained for?') from None
     posterior.card = card
     if 'family' in card and (odd := outside(LensFamily(**card['family']), problem.likelihood)):
         warnings.warn(f'{Path(path).name} was trained on other lenses: {"; ".join(odd)}. Judge '
