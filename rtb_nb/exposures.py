@@ -71,11 +71,8 @@ class LinearStack(Stack, LinearOperator):
                                 torch.cat(shift))
         self.weights, self.parts = weights, nn.ModuleList(operators)
         if any(hasattr(f, 'seen') for f in operators):
-            seen = [getattr(f, 'seen', torch.ones(1, 1, dtype=torch.bool)).to(f.offset.device)
-                    for f in operators]
-            whole = [v.expand(1, *f.out_shape) if v.ndim > 2 else v.expand(1, f.sizes[0])
-                     for v, f in zip(seen, operators)]
-            self.register_buffer('seen', torch.cat([v.flatten(1) for v in whole], 1))
+            seen = [getattr(f, 'seen', torch.ones_like(f.offset[None]) > 0) for f in operators]
+            self.register_buffer('seen', torch.cat([v.flatten(1) for v in seen], 1))
     forward = LinearOperator.forward
     def linear(self, x):
         return torch.cat([w*f.linear(f.by_block(x)).reshape(len(x), f.sizes[0])
@@ -148,13 +145,18 @@ def white_noise(operator, # linear
         f'operator, got {type(operator).__name__}: multiply a function and y by C^-1/2 instead')
     y, floor = torch.as_tensor(y), check_number('floor', floor, '[0, 1)')
     check_batch(y, operator.out_shape, 'y')
-    C = _covariance(covariance, operator.out_shape)
+    C, seen = _covariance(covariance, operator.out_shape), getattr(operator, 'seen', None)
+    kept = torch.arange(len(C)) if seen is None else seen.flatten().cpu().nonzero()[:, 0]
+    C, root = C[kept[:, None], kept], torch.zeros_like(C)
     values, vectors = torch.linalg.eigh(C)
     variance = C.diag().median().item()
     if not values[0] > (-.1*variance if floor else 0.): raise ValueError('no noise has this '
         f'covariance, of variance {variance:.3g}: a pattern would have {values[0]:.3g}. An '
         'autocorrelation must reach to where it is zero')
     std = math.sqrt(variance)
-    root = vectors*(std/values.clamp(min=floor*variance).sqrt()) @ vectors.T
+    root[kept[:, None], kept] = vectors*(
+        std/values.clamp(min=floor*variance).sqrt()) @ vectors.T
     turn = Matrix(root, operator.out_shape, operator.out_shape).to(y.device)
-    return Compose(turn, operator), turn(y), std
+    turned = Compose(turn, operator)
+    if seen is not None: turned.register_buffer('seen', seen)
+    return turned, turn(y), std

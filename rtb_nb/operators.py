@@ -181,31 +181,36 @@ def decompose(self:LinearOperator) -> tuple: # of a block's A A^T, float64
     return torch.linalg.eigh(A @ A.T)
 
 @patch
-def block_eig(self:LinearOperator, like=None) -> tuple: # eigenvalues, eigenvectors
-    "What `decompose` gives, computed once; eigenvalues that are rounding errors are zero"
-    like = self.offset if like is None else like
-    key = 'gram', like.dtype, like.device
+def _eig_once(self:LinearOperator, name, decompose, like) -> tuple:
+    "What `decompose` gives, remembered; eigenvalues that are rounding errors are zero"
+    key = name, like.dtype, like.device
     if key not in self.casts:
         with torch.inference_mode(False), torch.no_grad():
             if key[1:] == (torch.float64, self.offset.device):
-                values, vectors = self.decompose()
+                values, vectors = decompose()
                 floor = len(values)*torch.finfo(values.dtype).eps*values.max()
                 self.casts[key] = torch.where(values > floor, values, 0.), vectors
-            else: self.casts[key] = tuple(_like(v, like) for v in self.block_eig())
+            else:
+                exact = self._eig_once(name, decompose, self.offset)
+                self.casts[key] = tuple(_like(v, like) for v in exact)
     return self.casts[key]
+
+@patch
+def block_eig(self:LinearOperator, like=None) -> tuple: # eigenvalues, eigenvectors
+    "What `decompose` gives of a block's A A^T, computed once"
+    return self._eig_once('gram', self.decompose, self.offset if like is None else like)
 
 @patch(as_prop=True)
 def tall(self:LinearOperator) -> bool: "More rows than columns"; return (
     self.sizes[0] > self.sizes[1])
 
 @patch
-def normal_eig(self:LinearOperator, like) -> tuple: # eigenvalues (n/blocks,), eigenvectors
-    "Of a block's A^T A, computed once: smaller than that of A A^T where A is tall"
-    if 'normal' not in self.casts:
-        with torch.inference_mode(False), torch.no_grad():
-            A = self.block()
-            self.casts['normal'] = torch.linalg.eigh(A.T @ A)
-    return tuple(_like(v, like) for v in self.casts['normal'])
+def normal_eig(self:LinearOperator, like=None) -> tuple: # eigenvalues (n/blocks,), vectors
+    "The same of a block's A^T A, which is smaller where A is tall"
+    def decompose():
+        A = self.block()
+        return torch.linalg.eigh(A.T @ A)
+    return self._eig_once('normal', decompose, self.offset if like is None else like)
 
 @patch
 def gram_eig(self:LinearOperator, like=None # a dtype, or a tensor; float64 where A is, if None
@@ -261,7 +266,7 @@ def pinv(self:LinearOperator, y, # (B, *out_shape)
     "A^+ (y - offset), the smallest least-squares solution"
     check_batch(y, self.out_shape, 'y')
     rcond = check_number('rcond', rcond, '[0, 1)')
-    values, vectors = self.normal_eig(self.offset) if self.tall else self.block_eig()
+    values, vectors = self.normal_eig() if self.tall else self.block_eig()
     v = self.by_block(y.to(self.offset) - self.offset)
     u = (self.transpose(v) if self.tall else v) @ vectors
     u = u*torch.where(values > rcond**2*values.max(), 1/values, 0.) @ vectors.T

@@ -173,6 +173,21 @@ def test_correlated_noise_in_one_of_two_exposures():
     assert isinstance(op, LinearStack)
     assert Likelihood(op, noise_std).log_prob(x, y).isfinite().all()
 
+def test_pixels_left_out_say_nothing_of_the_noise_of_others():
+    _, kernel = smoothed(1)
+    (sharp, y, _), std = two(3)[1][0], kernel[2, 2].sqrt()
+    dark = torch.full(shape, std.item()).index_fill(-1, torch.tensor([0]), torch.inf)
+    op, turned, found_std = white_noise(*even_noise(sharp, y, dark)[:2], kernel, floor=0)
+    kept = torch.arange(64) % 8 > 0
+    columns = Matrix(sharp.matrix()[kept], shape)
+    full = white_noise(Identity(shape), y[:1], kernel, floor=0)[0].outer.matrix()/std
+    C = torch.linalg.inv(full @ full)[kept][:, kept] # of all pixels, and of those that are seen
+    plain, given, _ = white_noise(columns, y.flatten(1)[:, kept], C, floor=0)
+    x = torch.rand(3, *shape)
+    assert torch.equal(op.seen.flatten(), kept) and not turned.flatten(1)[:, ~kept].any()
+    torch.testing.assert_close(Likelihood(op, found_std).log_prob(x, turned),
+                               Likelihood(plain, found_std).log_prob(x, given))
+
 REFUSED = {
     'nothing': (lambda A: Stack(), ValueError, 'a Stack needs operators'),
     'a function': (lambda A: Stack(A, torch.sin), TypeError, 'does not say what it measures'),
