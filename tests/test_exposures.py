@@ -3,7 +3,7 @@ import pytest, torch
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
-from rtb_nb.exposures import LinearStack, Stack, autocorrelation, together, white_noise
+from rtb_nb.exposures import LinearStack, Stack, autocorrelation, combine_exposures, white_noise
 from rtb_nb.families import LensFamily, outside
 from rtb_nb.guidance import CLA, DPS, MomentMatching
 from rtb_nb.imaging import block_average, gaussian_blur
@@ -31,7 +31,7 @@ def two(n=1, noises=(.3, .05)):
 
 def test_log_likelihoods_add_up_to_what_the_weights_say():
     x, exposures = two(3)
-    op, y, noise_std = together(*exposures)
+    op, y, noise_std = combine_exposures(*exposures)
     assert isinstance(op, LinearStack) and noise_std == .05
     apart = sum(Likelihood(A, s).log_prob(x, v) for A, v, s in exposures)
     each = zip(exposures, op.weights)
@@ -61,7 +61,7 @@ def test_evidence_is_that_of_one_exposure_after_another():
     later = mean + K @ (y1[0].double() - first.matrix() @ mean), cov - K @ first.matrix() @ cov
     by_turns = (exact_log_evidence(mean, cov, first, y1, .2)
                 + exact_log_evidence(*later, second, y2, .4))
-    op, y, noise_std = together((first, y1, .2), (second, y2, .4))
+    op, y, noise_std = combine_exposures((first, y1, .2), (second, y2, .4))
     # the chain's own answer, less its last noise: a hundredth here
     prior = Diffusion(GaussianDenoiser(mean.float(), cov.float(), Cosine()), (n,), 30, .01)
     found = ExactChain(InverseProblem(prior, Likelihood(op, noise_std)), y).log_evidence
@@ -73,7 +73,7 @@ def test_evidence_is_that_of_one_exposure_after_another():
 def test_drifts_take_a_stack(drift):
     prior = small_prior()
     _, exposures = two()
-    op, y, noise_std = together(*exposures)
+    op, y, noise_std = combine_exposures(*exposures)
     problem = InverseProblem(prior, Likelihood(op, noise_std))
     one = InverseProblem(prior, Likelihood(*exposures[1][::2]))
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_drifts_take_a_stack(drift):
 
 def test_spectral_samplers_take_a_stack():
     prior = small_prior()
-    op, y, noise_std = together(*two()[1])
+    op, y, noise_std = combine_exposures(*two()[1])
     x = ddrm(InverseProblem(prior, Likelihood(op, noise_std)), y, 8).x
     assert ((op(x) - y)/noise_std).square().mean() < 3
 
@@ -93,18 +93,19 @@ def test_pixels_that_are_left_out_stay_so():
     x, (sharp, deep) = two()
     noise = torch.full((1, *shape), .3)
     noise[..., 0] = torch.inf
-    op, y, noise_std = together(even_noise(*sharp[:2], noise), deep)
+    op, y, noise_std = combine_exposures(even_noise(*sharp[:2], noise), deep)
     assert op.seen.sum() == 64 - 8 + 16 and (y[:, :64].view(1, 8, 8)[..., 0] == 0).all()
     likelihood = Likelihood(op, noise_std)
     seen = torch.arange(64) % 8 > 0
     columns, part = Matrix(sharp[0].matrix()[seen], shape), sharp[1].flatten(1)[:, seen]
-    plain = together((columns, part, .3), deep)
+    plain = combine_exposures((columns, part, .3), deep)
     torch.testing.assert_close(likelihood.log_prob(x, y),
                                Likelihood(plain[0], plain[2]).log_prob(x, plain[1]))
 
 def test_bent_operators_stack_too():
-    op, y, noise_std = together((FourierMagnitude(shape), torch.ones(1, 1, 12, 12), .1),
-                                (Identity(shape), torch.ones(1, *shape), .2))
+    op, y, noise_std = combine_exposures(
+        (FourierMagnitude(shape), torch.ones(1, 1, 12, 12), .1),
+        (Identity(shape), torch.ones(1, *shape), .2))
     assert type(op) is Stack and op.out_shape == (144 + 64,) and not hasattr(op, 'adjoint')
     x = torch.rand(2, *shape, requires_grad=True)
     Likelihood(op, noise_std).log_prob(x, y).sum().backward()
@@ -114,7 +115,8 @@ def test_two_bands_of_one_lens():
     "Each exposure is held against the family that a posterior was trained on"
     family, noise = LensFamily(), .05
     lenses = Lens(psf=.06), Lens(psf=.5)
-    op = together(*((lens, torch.zeros(1, *lens.out_shape), noise) for lens in lenses))[0]
+    dark = ((lens, torch.zeros(1, *lens.out_shape), noise) for lens in lenses)
+    op = combine_exposures(*dark)[0]
     assert outside(family, Likelihood(Stack(lenses[0], lenses[0]), noise)) == [
         'a Stack of 2 exposures']
     assert [w for w in outside(family, Likelihood(op, noise)) if 'psf' in w] == [
@@ -169,7 +171,7 @@ def test_a_floor_makes_error_bars_wider():
 def test_correlated_noise_in_one_of_two_exposures():
     x, (sharp, deep) = two(2)
     _, kernel = smoothed(1)
-    op, y, noise_std = together(white_noise(*sharp[:2], kernel), deep)
+    op, y, noise_std = combine_exposures(white_noise(*sharp[:2], kernel), deep)
     assert isinstance(op, LinearStack)
     assert Likelihood(op, noise_std).log_prob(x, y).isfinite().all()
 
@@ -203,11 +205,12 @@ REFUSED = {
     'how often': (lambda A: Stack(A, A).join(torch.ones(1, *shape), torch.ones(2, *shape)),
                   ValueError, 'equally often, got 1, 2'),
     'a vector': (lambda A: Stack(A, A).apart(torch.ones(1, 3)), ValueError, 'y has shape'),
-    'none': (lambda A: together(), ValueError, 'together needs exposures'),
-    'no tuple': (lambda A: together(A), TypeError, 'got Identity'),
-    'a pair': (lambda A: together((A, 1.)), TypeError, 'takes .operator, y, noise_std.'),
-    'a map': (lambda A: together((A, torch.ones(1, *shape), torch.ones(shape))), ValueError,
-              'even_noise first'),
+    'none': (lambda A: combine_exposures(), ValueError, 'combine_exposures needs exposures'),
+    'no tuple': (lambda A: combine_exposures(A), TypeError, 'got Identity'),
+    'a pair': (lambda A: combine_exposures((A, 1.)), TypeError,
+               'takes .operator, y, noise_std.'),
+    'a map': (lambda A: combine_exposures((A, torch.ones(1, *shape), torch.ones(shape))),
+              ValueError, 'even_noise first'),
     'a bent operator': (lambda A: white_noise(FourierMagnitude(shape), A, torch.eye(3)),
                         TypeError, 'turns a linear operator, got FourierMagnitude'),
     'no measurement': (lambda A: white_noise(A, torch.ones(1, 3), torch.eye(64)), ValueError,

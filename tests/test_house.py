@@ -35,6 +35,13 @@ def test_a_chapter_is_short(module):
     assert len(lines) <= LINES, f'{module} exports {len(lines)} lines'
     assert len(public(module)) <= NAMES, f'{module} has {len(public(module))} public names'
 
+def test_a_public_name_has_one_home():
+    homes = {}
+    for module in MODULES:
+        for word in public(module): homes.setdefault(word, []).append(module)
+    twice = {word: found for word, found in homes.items() if len(found) > 1}
+    assert not twice, f'{twice}: two things of one name are taken for each other'
+
 @pytest.mark.parametrize('notebook', notebooks(), ids=name)
 def test_code_fits_the_page(notebook):
     wide = too_wide(line for s in code(notebook) for line in s.splitlines())
