@@ -2,7 +2,7 @@
 import copy
 import pytest, torch
 from rtb_nb.amortise import (Bank, Family, MaximumLikelihood, bridge_log_ratio, gap,
-                             joint_paths, pair_log_ratio, paired_log_weights)
+                             joint_paths, pair_log_ratio, paired_log_weights, step_residuals)
 from rtb_nb.behaviours import OnPolicy
 from rtb_nb.components import save_covariance
 from rtb_nb.correlated import CovarianceMatching
@@ -48,6 +48,30 @@ def test_a_gaussian_posterior_is_exact_in_any_number_of_steps(steps, std, operat
     assert own.std(1).max() < .15*some and (joint[:, None] - own).abs().max() < .3*some
     wide = paired_log_weights(p.posterior(drifts()[:1]), tau, 4)
     assert gap(*wide)[0] > 300*abs(gap(joint, own)[0])
+
+def test_residuals_of_joint_paths_are_white_where_steps_are_exact():
+    "Step by step and summed; a drift that pulls too far shows in the sum, a width in each step"
+    torch.manual_seed(0)
+    p = problem(box_mask(SHAPE, 4), 6)
+    tau = joint_paths(p, 400)
+    def spread(posterior):
+        r = step_residuals(posterior, tau)
+        assert r.shape == (6, 400, *SHAPE)
+        return r.square().mean().item(), r.sum(0).square().mean().item()/6
+    assert spread(p.posterior(drifts())) == pytest.approx((1, 1), abs=.03)
+    wide = spread(p.posterior(drifts()[:1]))
+    assert wide[0] < .93 and wide[1] == pytest.approx(wide[0], abs=.03)
+    far = spread(p.posterior(drifts(dict(value=1.5))))
+    assert far[1] > far[0] + .1
+
+def test_residuals_do_not_depend_on_the_batch_and_need_measurements():
+    torch.manual_seed(0)
+    p = problem(box_mask(SHAPE, 4))
+    tau, posterior = joint_paths(p, 6), p.posterior(drifts())
+    whole, alone = step_residuals(posterior, tau), step_residuals(posterior, tau[2:3])
+    torch.testing.assert_close(whole[:, 2:3], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='carry no measurement'):
+        step_residuals(posterior, p.prior.simulate(2))
 
 def test_steps_have_the_width_that_is_said():
     torch.manual_seed(0)
