@@ -29,6 +29,7 @@ _moved = {
                  'end_guess': 'rtb_nb.posterior.Step, as step.guess_of_end',
                  'end_noise': 'rtb_nb.posterior.Step, as step.noise_of_end',
                  'end_shift': 'rtb_nb.posterior.Step, as step.end_as_drift'},
+    'lensing': _to('exposures', 'even_noise'),
     'likelihood': _to('exact', 'ExactChain', 'ExactPosterior', 'BestDrift', 'ExactMixture') |
         _to('photons', 'PhotonNoise') | _to('behaviours', 'together', 'whole_batch'),
     'networks': _to('drifts', 'NetDrift', 'FineTuned', 'LoRA', 'EvidenceNet',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interval_coverage', 'draw_each', 'sbc', 'tarp', 'expected_coverage', 'central_coverage', 'uniformity',
-           'score_calibration', 'calibration']
+           'score_calibration', 'calibration', 'step_residuals']
 
 # %% ../nbs/15b_calibration.ipynb #55e88acb
 import math
@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .covariance import whitened
 from .evidence import as_floats, as_values, standard_error
 from .schedule import as_double, check_number, check_whole
 
@@ -223,3 +224,19 @@ def calibration(x, ys, # draws of the joint: truths (N, ...) and their measureme
     if len(x) != len(ys):
         raise ValueError(f'every truth needs its measurement, got {len(x)} and {len(ys)}')
     return score_calibration(x, draw_each(sampler, ys), reference, seed)
+
+# %% ../nbs/15b_calibration.ipynb #d1963b2f
+@torch.no_grad()
+def step_residuals(posterior, # a `Posterior`
+    tau # joint paths, with y (M, ...), of its prior
+    ) -> Tensor: # (steps, M, ...), in widths of the posterior's steps
+    "Each step of joint paths, less where the posterior expects it: white where it is right"
+    if tau.y is None: raise ValueError('these paths carry no measurement: use joint_paths')
+    tau = posterior.with_guesses(tau)
+    def of(k):
+        at = torch.full((len(tau),), k, device=tau.x.device)
+        step = posterior.step(tau.x[k], at, tau.y, tau.x0_hat[k])
+        u, narrow = posterior.bend_at(step)
+        left = whitened(step.std, tau.x[k+1] - step.mean) - u
+        return left if narrow is None else narrow.solve(left)
+    return torch.stack([of(k) for k in range(posterior.steps)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ray_trace', 'pixel_centres', 'bilinear_matrix', 'gaussian_kernel', 'telescope_matrix', 'Lens', 'simulate_caustics',
-           'critical_curves', 'magnification', 'show_sky', 'Observation', 'load_observation', 'even_noise']
+           'critical_curves', 'magnification', 'show_sky', 'Observation', 'load_observation']
 
 # %% ../nbs/08_lensing.ipynb #15ce48f9
 import math, warnings
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import read_image
-from .nonlinear import Compose
 from .operators import SparseMatrix
 from .schedule import check_number, check_whole
 from .show import other_colours, show_images
@@ -313,29 +312,3 @@ def load_observation(path, # .npy, .png or .fits, or an array (H, W)
     std = torch.from_numpy(std/unit)[None, None].float() if np.ndim(std) else float(std/unit)
     y = torch.from_numpy(y)[None, None].float()
     return Observation(y, std, fov, float(sky), float(unit))
-
-# %% ../nbs/08_lensing.ipynb #3af9bf48
-def even_noise(operator, # linear, to images of the map's shape
-    y, # measurements (M, ...)
-    noise_map # noise of each pixel of one, (1, ...); inf leaves a pixel out
-    ) -> tuple: # operator, y, noise_std
-    "Weigh pixels so that all have the map's median noise"
-    import scipy.sparse
-    if not hasattr(operator, 'adjoint'): raise TypeError('even_noise weighs a linear operator, '
-        f'got {type(operator).__name__}: divide a function and y by the map, with noise_std=1')
-    y, noise_map = torch.as_tensor(y), torch.as_tensor(noise_map).double().cpu()
-    event, given = tuple(operator.out_shape), tuple(noise_map.shape)
-    if given not in (event, (1, *event)) or tuple(y.shape[1:]) != event: raise ValueError(
-        f'noise_map must be (1, ...) and y (M, ...) of events {event}, got {given} and '
-        f'{tuple(y.shape)}: noise_map[None] adds the batch')
-    seen, odd = noise_map.isfinite(), noise_map[~(noise_map > 0)]
-    if len(odd): raise ValueError(f'noise_map has {len(odd)} values that are not positive, '
-        f'such as {odd[0]:g}: a pixel to be left out has inf')
-    if not seen.any(): raise ValueError('noise_map leaves every pixel out: none is finite')
-    std = noise_map[seen].median().item()
-    weight, seen = (std/noise_map).reshape(1, *event), seen.reshape(1, *event)
-    rows = SparseMatrix(scipy.sparse.diags_array(weight.flatten().numpy()),
-                        operator.out_shape, operator.out_shape).to(y.device)
-    weighed = Compose(rows, operator)
-    if not seen.all(): weighed.register_buffer('seen', seen.to(y.device))
-    return weighed, torch.where(seen.to(y.device), y*weight.to(y), 0.), std

@@ -54,7 +54,7 @@ class Likelihood(Described, nn.Module):
                     f'got noise_std {noise_std!r}: leave it out, or change its noise_model')
             if np.ndim(noise_std): raise ValueError('noise_std is one number, got shape '
                 f'{tuple(np.shape(noise_std))}: for a map of noise weigh operator and y by '
-                'rtb_nb.lensing.even_noise(operator, y, noise_map)')
+                'rtb_nb.exposures.even_noise(operator, y, noise_map)')
             noise_std = check_number('noise_std', noise_std, '(0, inf)',
                 'it is in units of the measurement')
         elif noise_std is not None:
@@ -71,7 +71,7 @@ class Likelihood(Described, nn.Module):
         if self.noise is None: return self.std
         raise ValueError('this needs Gaussian noise with one noise_std, and the noise here is '
             f'{getattr(self.noise, "__name__", self.noise)}: for a map of Gaussian noise use '
-            'rtb_nb.lensing.even_noise')
+            'rtb_nb.exposures.even_noise')
     def describe(self) -> dict:
         op, shapes = self.operator, ('in_shape', 'out_shape')
         known = [str(getattr(op, s)) for s in shapes if getattr(op, s, None)]
@@ -165,7 +165,7 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
     if bad:
         raise ValueError(f'the measurement holds {bad} non-finite values, the first at '
             f'{(~torch.isfinite(y)).nonzero()[0].tolist()}: repair them, or give a noise map '
-            'with inf there to rtb_nb.lensing.even_noise')
+            'with inf there to rtb_nb.exposures.even_noise')
     seen = None if len(y) % self.n_operators else self.seen(y)
     odd = [] if seen is None else y[~seen & (y != 0)]
     if len(odd): raise ValueError(f'y holds {len(odd)} numbers where nothing is seen, such as '
@@ -176,7 +176,7 @@ def take(self:Likelihood, y, shape, like:Tensor # shape of one x; a tensor of th
 def _as_tensor(y) -> Tensor:
     "Numbers of any kind as a real tensor"
     if np.ma.is_masked(y): raise TypeError(f'a mask would be lost, of {y.mask.sum()} values: '
-        'fill them, and give a noise map with inf there to rtb_nb.lensing.even_noise')
+        'fill them, and give a noise map with inf there to rtb_nb.exposures.even_noise')
     if not isinstance(y, Tensor):
         try: array = np.asarray(y)
         except ValueError: array = np.array(None) # ragged

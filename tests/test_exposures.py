@@ -3,11 +3,12 @@ import pytest, torch
 from rtb_nb.denoise import GaussianDenoiser
 from rtb_nb.diffusion import Diffusion
 from rtb_nb.exact import ExactChain
-from rtb_nb.exposures import LinearStack, Stack, autocorrelation, combine_exposures, white_noise
+from rtb_nb.exposures import (LinearStack, Stack, autocorrelation, combine_exposures,
+                              even_noise, white_noise)
 from rtb_nb.families import LensFamily, outside
 from rtb_nb.guidance import CLA, DPS, MomentMatching
 from rtb_nb.imaging import block_average, gaussian_blur
-from rtb_nb.lensing import Lens, even_noise
+from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.nonlinear import Compose, FourierMagnitude
 from rtb_nb.operators import Identity, Matrix

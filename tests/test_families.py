@@ -1,8 +1,9 @@
 "Lenses of a family: drawn inside, judged outside"
 import math
 import pytest, torch
+from rtb_nb.exposures import even_noise
 from rtb_nb.families import LensBank, LensFamily, outside, random_lens
-from rtb_nb.lensing import Lens, even_noise
+from rtb_nb.lensing import Lens
 from rtb_nb.likelihood import Likelihood
 from rtb_nb.operators import Identity
 

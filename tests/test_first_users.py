@@ -14,8 +14,9 @@ from rtb_nb.diffusion import Diffusion
 from rtb_nb.drifts import NetDrift
 from rtb_nb.evidence import evaluate
 from rtb_nb.exact import BestDrift, ExactChain
+from rtb_nb.exposures import even_noise
 from rtb_nb.guidance import DPS, Gate, LikelihoodGradient, MomentMatching, ProximalMatching
-from rtb_nb.lensing import even_noise, load_observation
+from rtb_nb.lensing import load_observation
 from rtb_nb.likelihood import InverseProblem, Likelihood, Tilted, residual_chi2
 from rtb_nb.networks import VectorNet
 from rtb_nb.objective import RTB

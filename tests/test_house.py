@@ -42,6 +42,17 @@ def test_a_public_name_has_one_home():
     twice = {word: found for word, found in homes.items() if len(found) > 1}
     assert not twice, f'{twice}: two things of one name are taken for each other'
 
+@pytest.mark.parametrize('file', TESTS, ids=lambda f: f.stem)
+def test_no_case_is_lost(file):
+    "Two keys or two tests of one name: the first would never run"
+    found = ast.parse(file.read_text())
+    for node in ast.walk(found):
+        keys = [k.value for k in node.keys if isinstance(k, ast.Constant)] if isinstance(
+            node, ast.Dict) else []
+        assert len(keys) == len(set(keys)), f'{file.name}, line {node.lineno}: {keys}'
+    tests = [n.name for n in found.body if getattr(n, 'name', '').startswith('test_')]
+    assert len(tests) == len(set(tests)), sorted(t for t in tests if tests.count(t) > 1)
+
 @pytest.mark.parametrize('notebook', notebooks(), ids=name)
 def test_code_fits_the_page(notebook):
     wide = too_wide(line for s in code(notebook) for line in s.splitlines())

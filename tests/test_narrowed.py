@@ -2,8 +2,9 @@
 import copy
 import pytest, torch
 from rtb_nb.amortise import (Bank, Family, MaximumLikelihood, bridge_log_ratio, gap,
-                             joint_paths, pair_log_ratio, paired_log_weights, step_residuals)
+                             joint_paths, pair_log_ratio, paired_log_weights)
 from rtb_nb.behaviours import OnPolicy
+from rtb_nb.calibration import step_residuals
 from rtb_nb.components import save_covariance
 from rtb_nb.correlated import CovarianceMatching
 from rtb_nb.covariance import Covariance, Spread, scaled, whitened

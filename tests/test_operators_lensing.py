@@ -5,8 +5,9 @@ import pytest
 import scipy.sparse
 import torch
 from rtb_nb.data import load_source
-from rtb_nb.lensing import (Lens, critical_curves, even_noise, load_observation,
-                            magnification, show_sky, simulate_caustics)
+from rtb_nb.exposures import even_noise
+from rtb_nb.lensing import (Lens, critical_curves, load_observation, magnification, show_sky,
+                            simulate_caustics)
 from rtb_nb.likelihood import InverseProblem, Likelihood
 from rtb_nb.nonlinear import Compose
 from rtb_nb.operators import Identity, Mask, Matrix, SparseMatrix, adjoint_error
@@ -98,8 +99,8 @@ bad_input = {
               "a plane is 'source' or 'image', got 'sky'"),
     'even noise': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
                                         torch.ones(8, 8)), 'noise_map[None] adds the batch'),
-    'no noise': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
-                                      torch.zeros(1, 1, 8, 8)), 'a pixel to be left out'),
+    'even nothing': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
+                                          torch.zeros(1, 1, 8, 8)), 'a pixel to be left out'),
     'nothing seen': (lambda d: even_noise(Lens(size=8), torch.zeros(1, 1, 8, 8),
                      torch.full((1, 1, 8, 8), math.inf)), 'leaves every pixel out'),
     'lens shape': (lambda d: Lens(size=8)(torch.zeros(2, 1, 9, 9)),
