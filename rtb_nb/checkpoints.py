@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'flat_state', 'load_state', 'fingerprint', 'check_fingerprint', 'save_weights',
-           'without_draws', 'shipped_names', 'shipped_file', 'Terminated']
+           'without_draws', 'shipped_names', 'shipped_file', 'own_or_shipped', 'Terminated']
 
 # %% ../nbs/04b_checkpoints.ipynb #0781b0a7
 import dis, functools, hashlib, inspect, json, math, numbers, os, signal, threading
@@ -275,6 +275,13 @@ def shipped_file(name, # what comes with the package, or a path
         raise ValueError(f'unknown {kind} {str(name)!r}: shipped are {known}, '
             f'or give the path of a {ending} file')
     return files('rtb_nb')/'assets'/f'{name}{ending}'
+
+# %% ../nbs/04b_checkpoints.ipynb #69792a09
+def own_or_shipped(folder, # of files of one's own; '' for what comes with the package
+    name:str, # such as 'mnist-32'
+    ending='.safetensors') -> str: # for load_prior and its like
+    "The path of a file in a folder, or without one the name of what is shipped"
+    return str(Path(folder).expanduser()/f'{name}{ending}') if folder else name
 
 # %% ../nbs/04b_checkpoints.ipynb #e6aa2fd4
 class Terminated:

@@ -1,9 +1,9 @@
 "Every experiment runs through papermill at its smallest budget, outside the repository"
-import json
+import json, shutil
 
 import numpy as np, papermill, pytest
 
-from project import benchmarks, experiments, name
+from project import LIB, benchmarks, experiments, name
 
 def stamps(folder):
     "A small stack of round blobs in place of the galaxies, which a fresh clone does not have"
@@ -29,6 +29,11 @@ def photographs(folder):
     np.savez(folder/'cifar10.npz', train=noise, test=noise)
     return folder/'cifar10.npz'
 
+def own_priors(folder):
+    "What is shipped for digits, as files of one's own"
+    for file in (LIB/'assets').glob('*mnist-32.*'): shutil.copy(file, folder)
+    return folder
+
 def lens_image(folder):
     "A ring on a bright sky, as a FITS file"
     from astropy.io import fits
@@ -45,7 +50,8 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
             'exp_conditional': [dict(data=lambda folder: digits(folder).parent), dict(
                 data=lambda folder: digits(folder).parent, tasks='deblur',
                 methods=['FPS', 'FPS-SMC', 'RTB, log Z(y)', 'RTB+DPS+CLA'])],
-            'exp_consistency': [dict(methods=['CLA', 'refined on each'])],
+            'exp_consistency': [dict(methods=['CLA', 'covariance matching',
+                                              'refined on each'])],
             'exp_latent': [{}, dict(decoder='straight',
                                     methods=['PSLD', 'guidance', 'amortised, refined'])],
             'exp_lavps': [dict(data=lambda folder: digits(folder).parent)],
@@ -57,8 +63,10 @@ SMALLEST = {'exp_priors': [dict(dataset='galaxies', data=stamps),
             'exp_ood': [dict(data=lambda folder: digits(folder).parent), dict(
                 data=lambda folder: digits(folder).parent, train=2, begin='mnist-box',
                 methods='supervised', shifts='half images')],
-            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent, tasks=tasks)
-                                  for tasks in (['box', 'phase'], ['random', 'deblur'])],
+            'exp_unconditional': [dict(data=lambda folder: digits(folder).parent, tasks=tasks,
+                                       priors=priors)
+                                  for tasks, priors in ((['box', 'phase'], ''),
+                                                        (['random', 'deblur'], own_priors))],
             'tutorials/2_undo_a_lens': [dict(
                 path=lens_image, iterations=1, own_iterations=1, n_samples=3,
                 save_to=lambda folder: folder/'source.fits')]}
