@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 import torch
 from torch import Tensor
+from .along import PriorNoise, gates_along
 from .amortise import Bank, Pairs, _bank_belongs, another
 from .checkpoints import (check_fingerprint, load_state, load_tensors, save_weights,
     shipped_file, shipped_names, without_draws)
@@ -61,15 +62,23 @@ def _guide(name, # of the recipe
 def family_drifts(problem:InverseProblem, guide:dict, # its name and what it is made with
     width=64, depth=3, # of the network
     narrowed=False, # whether the guide's covariance narrows steps
-    second=0. # share of a second look (chapter 10g), such as .06; 0: none
+    second=0., # share of a second look (chapter 10g), such as .06; 0: none
+    along=() # ends of the bands that have gates (chapter 10h), such as (16, 64, 128)
     ) -> list: # drifts for `problem.posterior`
     "The drifts of a posterior that serves a family of operators"
     view = source_view if hasattr(problem.operator, 'adjoint') else likelihood_slope
     guide = _guide(**guide, problem=problem)
     if narrowed and not problem.prior.chain.correlated:
         raise ValueError('white steps are not narrowed: make the prior with covariance=...')
-    drifts = image_drifts(problem, guide, view, width, depth)
-    if second: drifts.append(Gate(SecondLook(guide, second), value=.3))
+    if along and not isinstance(guide, CovarianceMatching):
+        raise ValueError(f'{type(guide).__name__} has no components: for gates along them use '
+            'CovarianceMatching or ScaledMatching')
+    drifts, weighed = image_drifts(problem, guide, view, width, depth), [guide, PriorNoise()]
+    if second:
+        weighed.append(SecondLook(guide, second))
+        drifts.append(Gate(weighed[-1], value=.3))
+    for drift in weighed if along else ():
+        drifts += gates_along(drift, guide.covariance, along)
     return drifts + [Narrowed(guide)] if narrowed else drifts
 
 # %% ../nbs/14c_shipped.ipynb #04352ee9

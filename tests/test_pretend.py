@@ -196,7 +196,7 @@ def test_correlated_steps_behind_lenses_that_differ(device, tmp_path):
     prior = Diffusion(white.denoiser, white.shape, 3, covariance=covariance).to(device)
     lenses = LensBatches(LensBank(LensFamily(16), 2), 2)
     family = InverseProblem(prior, Family(lenses)).to(device)
-    recipe = dict(width=16, depth=1, narrowed=True, second=.06, guide=dict(
+    recipe = dict(width=16, depth=1, narrowed=True, second=.06, along=[8], guide=dict(
         name='CovarianceMatching', covariance=str(tmp_path/'a.covariance.safetensors')))
     q = family.posterior(family_drifts(family, **recipe)).to(device)
     bank = Bank.of(prior, 4)
